@@ -325,7 +325,9 @@ def _read_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"the key {key!r} is given twice", f"{where}:{second}", f"keep one (block at line {first})") from None
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise ConfigError(f"malformed YAML, {error.problem}", f"{where}:{mark.line + 1 if mark else 1}", "check indentation and quotes") from None
+        raise ConfigError(
+            f"malformed YAML, {error.problem}", f"{where}:{mark.line + 1 if mark else 1}", "check indentation and quotes"
+        ) from None
     except (YAMLError, RecursionError) as error:
         raise ConfigError(f"malformed YAML, {type(error).__name__}", where, "check indentation and quotes") from None
 
@@ -383,7 +385,9 @@ def _check_together(config: Config, where: str) -> None:
     if (config.steps is None) == (config.epochs is None):
         refuse("give either steps or epochs" + (", not both" if config.steps else ""), "e.g. steps: 1000")
     if config.batch_size % config.micro_batches:
-        refuse(f"batch_size {config.batch_size} does not divide into {config.micro_batches} micro_batches", "change one of them")
+        refuse(
+            f"batch_size {config.batch_size} does not divide into {config.micro_batches} micro_batches", "change one of them"
+        )
     if config.model.init_from is None and config.model.config is None:
         refuse("there is no model", "give model.init_from (a folder) or model.config (config.json or its fields)")
     if config.tokenizer is None and config.model.init_from is None:
