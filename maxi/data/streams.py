@@ -1,0 +1,120 @@
+"""The bytes of a file, plain or compressed, in pieces and within bounds.
+
+No piece, line or expansion is unbounded: a line over MAX_LINE_BYTES, or a file that expands more than MAX_RATIO times
+beyond MAX_FREE_BYTES, is refused while it streams, so that a bomb costs neither the memory nor the disk.
+"""
+
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from maxi.errors import DataError
+
+COMPRESSIONS = (".gz", ".zst")
+MAX_LINE_BYTES = 100_000_000
+MAX_RATIO = 1000
+MAX_FREE_BYTES = 1_000_000_000
+
+_PIECE = 1 << 20
+# One zstd block of 4 bytes may stand for 128 KB, and the decoder hands out all that its input holds: feeding it 4 KB
+# at a time keeps the worst piece at 128 MB.
+_ZSTD_PIECE = 1 << 12
+
+
+def pieces(path: Path) -> Iterator[bytes]:
+    """The decompressed bytes of a file. Raises DataError when it cannot be read, is truncated, damaged or a bomb."""
+    try:
+        if path.suffix not in COMPRESSIONS:
+            with path.open("rb") as file:
+                while piece := file.read(_PIECE):
+                    yield piece
+            return
+        expanded = 0
+        for piece, consumed in _gunzip(path) if path.suffix == ".gz" else _unzstd(path):
+            expanded += len(piece)
+            if expanded > MAX_FREE_BYTES and expanded > MAX_RATIO * consumed:
+                what = f"the file expands more than {MAX_RATIO} times (so far {expanded} bytes), like a bomb"
+                raise DataError(what, f"{path}, offset {consumed}", "decompress it yourself if you trust it")
+            if piece:
+                yield piece
+    except OSError as error:
+        raise DataError(f"cannot read the file, {error.strerror or error}", str(path), "check the path and the disk") from None
+
+
+def lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines (from 1) without their newline; a leading byte-order mark is dropped. Raises as `pieces` does."""
+    tail, number = b"", 0
+    for piece in pieces(path):
+        *whole, tail = (tail + piece).split(b"\n")
+        for line in whole:
+            number += 1
+            yield number, _line(line, number, path)
+        _line(tail, number + 1, path)
+    if tail:
+        yield number + 1, _line(tail, number + 1, path)
+
+
+def decode(line: bytes, where: str) -> str:
+    """UTF-8 text. Raises DataError naming the column (from 1, in bytes)."""
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        what = f"the byte 0x{line[error.start]:02x} is not UTF-8"
+        raise DataError(what, f"{where}:{error.start + 1}", "save the file as UTF-8") from None
+
+
+def _line(line: bytes, number: int, path: Path) -> bytes:
+    if len(line) > MAX_LINE_BYTES:
+        raise DataError(
+            f"a line is over {MAX_LINE_BYTES // 1_000_000} MB", f"{path}:{number}", "split it into records or lines"
+        )
+    return line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+
+
+def _gunzip(path: Path) -> Iterator[tuple[bytes, int]]:
+    """(piece, compressed bytes read so far); members that follow each other are one stream, zero padding may end it."""
+    with path.open("rb") as file:
+        inflate, pending = zlib.decompressobj(wbits=31), b""
+        while data := pending or file.read(_PIECE):
+            if inflate.eof:
+                data = data.lstrip(b"\0")
+                inflate = zlib.decompressobj(wbits=31) if data else inflate
+            try:
+                piece = inflate.decompress(data, _PIECE) if data else b""
+            except zlib.error as error:
+                raise _damaged(path, file.tell(), error) from None
+            pending = inflate.unused_data if inflate.eof and data else inflate.unconsumed_tail
+            yield piece, file.tell()
+        yield inflate.flush(), file.tell()  # a few hundred bytes that the limit on a piece may have held back
+        if not inflate.eof:
+            raise _truncated(path, file.tell())
+
+
+def _unzstd(path: Path) -> Iterator[tuple[bytes, int]]:
+    import zstandard
+
+    def start() -> Any:
+        return zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj()
+
+    with path.open("rb") as file:
+        inflate, pending, begun = start(), b"", False
+        while data := pending or file.read(_ZSTD_PIECE):
+            if inflate.eof:
+                inflate = start()
+            try:
+                piece = inflate.decompress(data)
+            except zstandard.ZstdError as error:
+                raise _damaged(path, file.tell(), error) from None
+            pending, begun = inflate.unused_data, True
+            yield piece, file.tell()
+        if not (inflate.eof and begun):
+            raise _truncated(path, file.tell())
+
+
+def _truncated(path: Path, offset: int) -> DataError:
+    return DataError("the compressed file is truncated", f"{path}, offset {offset}", "copy or download it again")
+
+
+def _damaged(path: Path, offset: int, error: Exception) -> DataError:
+    return DataError(f"the compressed file is damaged, {error}", f"{path}, offset {offset}", "copy or download it again")
