@@ -16,13 +16,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from maxi.generate import generate, logits
+    from maxi.generation import generate, logits
     from maxi.hf import load_hf, save_hf
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "generate", "load_hf", "logits", "save_hf"]
 
-_HOME = {"load_hf": "maxi.hf", "save_hf": "maxi.hf", "generate": "maxi.generate", "logits": "maxi.generate"}
+_HOME = {"load_hf": "maxi.hf", "save_hf": "maxi.hf", "generate": "maxi.generation", "logits": "maxi.generation"}
 
 
 def __getattr__(name: str) -> Any:

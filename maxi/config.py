@@ -50,7 +50,7 @@ class Source:
     """One place documents come from."""
 
     path: str
-    """A .txt, .jsonl, .parquet (.gz and .zst too) file, a folder, a glob, a dataset saved on disk, hf://name, or python-docs."""
+    """A .txt, .jsonl or .parquet file (or .gz, .zst), a folder, a glob, a dataset saved on disk, hf://name, python-docs."""
     weight: Positive = 1.0
     """Share of rows drawn from this source, relative to the others."""
     field: str = "text"

@@ -51,6 +51,12 @@ class Param:
         return self.dims.removeprefix("L")
 
     @property
+    def matrix_axes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Axes of the array that a matmul contracts, and those it produces (Hugging Face lays out output, then input)."""
+        output, inputs = (group.strip("()").split() for group in _groups(self.layout))
+        return tuple(map(self.dims.index, inputs)), tuple(map(self.dims.index, output))
+
+    @property
     def is_matrix(self) -> bool:
         """Whether it takes part in a matmul (or is an embedding), and so decays; norms and biases do not."""
         return self.init == "normal"
@@ -111,7 +117,7 @@ def _groups(layout: str) -> list[str]:
     return groups
 
 
-def to_hf(table: Table, param: Param, array: Any) -> Any:
+def to_hf(param: Param, array: Any) -> Any:
     """One layer's weight [*letters] in Hugging Face's layout; numpy in, numpy out."""
     return rearrange(array, f"{' '.join(param.letters)} -> {param.layout}")
 

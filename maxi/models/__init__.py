@@ -3,6 +3,7 @@
     model.py      what a model is: table, layer kinds, period
     decoder.py    the forward pass, with and without a key/value cache
     rope.py       rotary embeddings and their scalings
+    sampling.py   logits to the next token
     hf_config.py  config.json, read strictly
     qwen2.py qwen3.py llama.py   one family each
 

@@ -113,9 +113,9 @@ def hidden_with_cache(
 def empty_cache(model: Model, B: int, S: int, dtype: Any) -> Cache:
     """A cache with S free slots."""
     shape = (B, S, model.table.sizes["K"], model.table.sizes["H"])
-    depth, places = len(model.layers), jnp.zeros((B, S), jnp.int32)
-    zeros = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(depth))  # noqa: E731
-    return Cache(zeros(), zeros(), places, places)
+    zeros = lambda: tuple(jnp.zeros(shape, dtype) for _ in model.layers)  # noqa: E731
+    places = lambda: jnp.zeros((B, S), jnp.int32)  # noqa: E731  (no buffer twice: a cache is donated whole)
+    return Cache(zeros(), zeros(), places(), places())
 
 
 def logprobs(
@@ -148,7 +148,9 @@ def unstack(model: Model, params: Tree, dtype: Any) -> Tree:
 
 
 def _embed(params: Tree, tokens_BT: jax.Array, compute: Compute) -> jax.Array:
-    return constrain(params["embed"].astype(compute.dtype)[tokens_BT], "BTD")
+    # D is gathered first: a lookup in a table split both ways has no efficient partition
+    embed_VD = constrain(params["embed"].astype(compute.dtype), "VD")
+    return constrain(embed_VD[tokens_BT], "BTD")
 
 
 def _head(params: Tree, compute: Compute) -> jax.Array:
@@ -229,7 +231,11 @@ def _attend(
         window=kind.window,
         backend=compute.attention if slots is None else "reference",
     )
-    return _bias(einsum("BTNH,NHD->BTD", a_BTNH, w["w_o"]), w.get("b_o")), (k_BSKH, v_BSKH)
+    if slots is None:
+        o_BTD = einsum("BTNH,NHD->BTD", a_BTNH, w["w_o"])
+    else:  # one contracting dimension: with two, XLA:CPU copies the weight into another order for every token
+        o_BTD = constrain(a_BTNH.reshape(*h_BTD.shape[:2], -1) @ w["w_o"].reshape(-1, h_BTD.shape[-1]), "BTD")
+    return _bias(o_BTD, w.get("b_o")), (k_BSKH, v_BSKH)
 
 
 def _bias(x: jax.Array, bias: jax.Array | None) -> jax.Array:

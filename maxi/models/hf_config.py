@@ -10,15 +10,18 @@ from maxi.errors import ModelFolderError
 
 Value = TypeVar("Value", int, float, bool)
 
+# What these say is about tokenizers, generation, saving or training elsewhere, not about this model's maths.
 _HARMLESS = frozenset(
-    # What these say is about tokenizers, generation, saving or training elsewhere, not about this model's maths.
-    """_name_or_path architectures bos_token_id chunk_size_feed_forward dtype eos_token_id finetuning_task id2label
-    initializer_range is_decoder is_encoder_decoder label2id model_type output_attentions output_hidden_states
-    pad_token_id pretraining_tp problem_type return_dict sep_token_id task_specific_params tokenizer_class torch_dtype
-    torchscript transformers_version use_cache use_return_dict transformers.js_config attn_implementation
-    _attn_implementation_autoset max_length min_length do_sample num_return_sequences unsloth_version unsloth_fixed
-    keys_to_ignore_at_inference prefix bad_words_ids _commit_hash head_dim_original rope_interleaved is_llama_config
-    """.split()
+    (
+        *("_name_or_path", "architectures", "model_type", "transformers_version", "transformers.js_config", "_commit_hash"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "tokenizer_class", "prefix"),
+        *("torch_dtype", "dtype", "torchscript", "use_cache", "return_dict", "use_return_dict", "chunk_size_feed_forward"),
+        *("output_attentions", "output_hidden_states", "attn_implementation", "_attn_implementation_autoset"),
+        *("finetuning_task", "task_specific_params", "problem_type", "id2label", "label2id", "pretraining_tp"),
+        *("is_decoder", "is_encoder_decoder", "initializer_range", "keys_to_ignore_at_inference", "is_llama_config"),
+        *("max_length", "min_length", "do_sample", "num_return_sequences", "bad_words_ids"),
+        *("unsloth_version", "unsloth_fixed"),
+    )
 )
 _MUST_BE_OFF = ("attention_dropout", "hidden_dropout", "resid_pdrop", "add_cross_attention", "cross_attention_hidden_size")
 
@@ -112,8 +115,10 @@ def read_sizes(config: HfConfig, head_dim: int | None = None) -> tuple[dict[str,
 def read_windows(config: HfConfig, depth: int) -> tuple[int | None, ...]:
     """Each layer's attention window, as Qwen2 and Qwen3 say it: `layer_types`, or all layers from `max_window_layers`."""
     used = config.flag("use_sliding_window", False)
-    window = config.get("sliding_window")
+    window = config.get("sliding_window", None if "sliding_window" in config.fields else 4096)  # null means none
     first = config.get("max_window_layers", 28)
+    if not isinstance(first, int) or isinstance(first, bool):
+        raise ModelFolderError(f"max_window_layers is {first!r}", config.where, "it must be an integer")
     types = config.get("layer_types")
     if types is None:
         types = ["sliding_attention" if used and window and number >= first else "full_attention" for number in range(depth)]
@@ -123,5 +128,5 @@ def read_windows(config: HfConfig, depth: int) -> tuple[int | None, ...]:
         raise config.refuse(f"layer type {unknown[0]!r}")
     if not (used and window):  # transformers drops the window when it is switched off, whatever layer_types say
         return (None,) * depth
-    size = config.size("sliding_window", at_most=1 << 30)
+    size = config.size("sliding_window", 4096, at_most=1 << 30)
     return tuple(size if kind == "sliding_attention" else None for kind in types)

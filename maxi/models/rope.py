@@ -56,13 +56,19 @@ class Rope:
         where = config.where
         if not isinstance(new, dict) or not isinstance(old, dict):
             raise ModelFolderError("rope parameters are not a mapping", where, "write {rope_type: ..., ...}")
-        merged: dict[str, Any] = {**old, **new}
-        kind = str(merged.pop("rope_type", None) or merged.pop("type", None) or "default")
-        merged.pop("type", None)
+        top = {} if config.get("rope_theta") is None else {"rope_theta": config.get("rope_theta")}
+        merged: dict[str, Any] = {}
+        for part in (top, old, new):
+            for key, value in part.items():
+                key = "rope_type" if key == "type" else key
+                if value is not None and merged.setdefault(key, value) != value:
+                    # transformers 4 and 5 each read other places, so they would see two different models
+                    what = f"{key} is {merged[key]!r} in one place and {value!r} in another"
+                    raise ModelFolderError(what, where, "rope_theta, rope_scaling and rope_parameters must agree")
+        kind = str(merged.pop("rope_type", "default"))
         if kind not in _KEYS:
             raise config.refuse(f"rope_type {kind!r}", f"one of {', '.join(_KEYS)}")
-        theta = check_number(merged.pop("rope_theta", None) or config.get("rope_theta", 10_000.0), "rope_theta", where, 1.0)
-        config.get("rope_theta")
+        theta = check_number(merged.pop("rope_theta", 10_000.0), "rope_theta", where, 1.0)
         if merged.pop("partial_rotary_factor", 1.0) != 1.0 or config.get("partial_rotary_factor", 1.0) != 1.0:
             raise config.refuse("partial_rotary_factor")
         known = _KEYS[kind] + _OPTIONAL.get(kind, ())
@@ -74,13 +80,15 @@ class Rope:
         return cls(kind, theta, head_dim, max_position, settings)
 
     def to_hf(self) -> dict[str, Any]:
-        """`rope_parameters` of transformers 5; without rope_theta it is transformers 4's `rope_scaling`."""
-        return {"rope_type": self.kind, "rope_theta": self.theta, **{k: _integral(v) for k, v in self.settings.items()}}
+        """`rope_parameters` of transformers 5; without rope_theta it is transformers 4's `rope_scaling`.
 
-
-def _integral(value: float) -> float | int:
-    """Whole numbers as ints, which is how configs write lengths."""
-    return value if isinstance(value, bool) or value != int(value) or value < 1024 else int(value)
+        The original length is written out where it matters: transformers 4 does without for yarn, but not for llama3.
+        """
+        original = {"original_max_position_embeddings": self.max_position} if self.kind in ("llama3", "yarn") else {}
+        settings: dict[str, Any] = original | self.settings
+        if (length := settings.get("original_max_position_embeddings")) is not None and length == int(length):
+            settings["original_max_position_embeddings"] = int(length)  # transformers 4 wants an integer
+        return {"rope_type": self.kind, "rope_theta": self.theta, **settings}
 
 
 def cos_sin(rope: Rope, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,0 +1,227 @@
+"""The command line. Every command is a few lines here and a public function elsewhere, imported when it is needed.
+
+A fault that the user can mend ends in one line on stderr, `maxi: error[CODE] what (where): fix`, and exits with CODE:
+2 config, 3 data, 4 checkpoint or model folder, 5 numerics, 6 environment, 75 stopped with all saved. `--debug` shows
+the traceback.
+"""
+
+import argparse
+import errno
+import logging
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from maxi import __version__
+from maxi.errors import ConfigError, EnvironmentFault, MaxiError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message, "command line", f"`{self.prog} --help` shows how")
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and options."""
+    top = _Parser(prog="maxi", description="Raw text in, a Hugging Face model out.")
+    top.add_argument("--version", action="version", version=f"maxi {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+
+    def add(name: str, what: str, run: object, **options: object) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=what, description=what, **options)  # type: ignore[arg-type]
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        command.set_defaults(run=run)
+        return command
+
+    for name, what, run in (
+        ("train", "train as a config says; the same command again resumes", _train),
+        ("config", "print the resolved configuration", _config),
+        ("quickstart", "tokenizer, pretraining, export and a continuation, all from text that Python carries", _quickstart),
+    ):
+        command = add(name, what, run, formatter_class=_KeysHelp)
+        command.add_argument("config", metavar="CONFIG.yaml", help="the configuration; its keys are listed below")
+        command.add_argument("overrides", metavar="key=value", nargs="*", help="e.g. optim.lr=1e-4 data.train.0.path=a.txt")
+
+    command = add("export", "write a run's weights as a Hugging Face folder", _export)
+    command.add_argument("run_dir", metavar="RUN", help="a run folder")
+    command.add_argument("out", metavar="OUT", help="the folder to write")
+    command.add_argument("--step", type=int, help="of which checkpoint (default: the newest)")
+    command.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: the run's export_dtype")
+    command.add_argument("--force", action="store_true", help="replace OUT if it exists")
+
+    command = add("convert", "import a Hugging Face folder and export it again, every tensor the same bytes", _convert)
+    command.add_argument("hf_dir", metavar="HF_DIR", help="a folder with config.json and safetensors")
+    command.add_argument("out", metavar="OUT", help="the folder to write")
+    command.add_argument("--force", action="store_true", help="replace OUT if it exists")
+
+    _add_eval(add("eval", "loss, perplexity and bits per byte of a model on files", _eval))
+    _add_generate(add("generate", "continue texts", _generate))
+
+    command = add("tokenizer", "train a byte-level BPE tokenizer of Qwen2's kind", _tokenizer)
+    command.add_argument("files", metavar="FILES", nargs="+", help="sources, as data.train takes them")
+    command.add_argument("--vocab-size", type=int, required=True, help="ids in all, special tokens included")
+    command.add_argument("--out", required=True, help="the folder to write")
+    command.add_argument("--field", default="text", help="column or JSON field of the text (default: text)")
+    command.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    return top
+
+
+def _add_eval(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", metavar="MODEL", help="a run folder or a Hugging Face folder")
+    command.add_argument("--data", metavar="FILE", nargs="+", required=True, help="sources, as data.train takes them")
+    command.add_argument("--field", default="text", help="column or JSON field of the text (default: text)")
+    command.add_argument("--json", metavar="OUT", help="write the figures to this file too")
+    command.add_argument("--rows", action="store_true", help="figures of every document as well")
+    command.add_argument("--seq-len", type=int, help="longest context (default: 1024, or what the model has)")
+    command.add_argument("--batch-size", type=int, default=8, help="rows at a time (default: 8)")
+
+
+def _add_generate(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", metavar="MODEL", help="a run folder or a Hugging Face folder")
+    command.add_argument("--prompt", metavar="TEXT", action="append", required=True, help="repeat it for several at once")
+    command.add_argument("--max-new-tokens", type=int, default=128, help="length limit (default: 128)")
+    command.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token (default: 1)")
+    command.add_argument("--top-k", type=int, default=0, help="only the k likeliest tokens; 0: all (default)")
+    command.add_argument("--top-p", type=float, default=1.0, help="only the likeliest tokens that make up p (default: 1)")
+    command.add_argument("--min-p", type=float, default=0.0, help="only tokens of at least this share of the likeliest's")
+    command.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: tokens already there count less")
+    command.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+
+
+class _KeysHelp(argparse.RawDescriptionHelpFormatter):
+    """Help that ends with every configuration key; built when asked for, since it loads the config's types."""
+
+    def format_help(self) -> str:
+        from maxi.config import documentation
+
+        keys = [
+            f"  {key} ({default})\n{textwrap.indent(textwrap.fill(text, 96), '      ')}"
+            for key, default, text in documentation()
+        ]
+        return super().format_help() + "\nkeys of the configuration (default):\n" + "\n".join(keys) + "\n"
+
+
+def _train(args: argparse.Namespace) -> None:
+    from maxi.config import load
+    from maxi.train import train
+
+    config = load(args.config, args.overrides)
+    summary = train(config)
+    parts = [f"{summary.steps} steps"]
+    if summary.loss_after is not None:
+        parts += [f"held-out loss {summary.loss_before:.4f} -> {summary.loss_after:.4f}"]
+    if summary.bits_per_byte is not None:
+        parts += [f"{summary.bits_per_byte:.4f} bits per byte"]
+    print(f"done: {', '.join(parts)}; model: {summary.export or summary.run_dir}")
+
+
+def _config(args: argparse.Namespace) -> None:
+    from maxi.config import load, to_yaml
+
+    print(to_yaml(load(args.config, args.overrides)), end="")
+
+
+def _quickstart(args: argparse.Namespace) -> None:
+    from maxi.config import load
+    from maxi.quickstart import quickstart
+
+    quickstart(load(args.config, args.overrides), args.config)
+
+
+def _export(args: argparse.Namespace) -> None:
+    from maxi.export import export
+
+    print(export(args.run_dir, args.out, step=args.step, dtype=args.dtype, force=args.force))
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from maxi.hf import convert
+
+    print(convert(args.hf_dir, args.out, force=args.force))
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from maxi.evaluate import run_eval
+
+    run_eval(
+        args.model,
+        args.data,
+        field=args.field,
+        json_out=args.json,
+        rows=args.rows,
+        seq_len=args.seq_len,
+        batch_size=args.batch_size,
+        out=sys.stdout,
+    )
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from maxi.generation import Sampling, run_generate
+
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    run_generate(args.model, args.prompt, Sampling(**{name: getattr(args, name) for name in names}), out=sys.stdout)
+
+
+def _tokenizer(args: argparse.Namespace) -> None:
+    from maxi.config import Source
+    from maxi.data.bpe import train
+    from maxi.data.documents import Budget, read
+
+    sources = [Source(path=path, field=args.field) for path in args.files]
+    texts = (document.text for source in sources for document in read(source, Budget(0)))
+    made = train(texts, args.vocab_size, Path(args.out), force=args.force)
+    print(f"{made.folder}: {made.vocab_size:,} ids")
+
+
+def _set_up_logging() -> None:
+    """maxi's own lines go to stdout as they are; other libraries only speak up when something is wrong."""
+    lines = logging.StreamHandler(sys.stdout)
+    lines.setFormatter(logging.Formatter("%(message)s"))
+    log = logging.getLogger("maxi")
+    log.handlers, log.propagate = [lines], False
+    log.setLevel(logging.INFO)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("orbax").setLevel(logging.ERROR)
+
+
+def _explain(error: BaseException) -> MaxiError:
+    """What to tell the user about an error that nobody foresaw."""
+    if isinstance(error, MaxiError):
+        return error
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        return EnvironmentFault(error.strerror or "disk error", str(error.filename or ""), "free space or change the folder")
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return EnvironmentFault(
+            "out of memory", type(error).__name__, "raise micro_batches, set compute.remat, or lower seq_len"
+        )
+    first = (str(error).strip().splitlines() or [""])[0][:200]
+    return MaxiError(f"unexpected {type(error).__name__}, {first}", "", "run again with --debug and report it")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in argv
+    try:
+        args = parser().parse_args(argv)
+        _set_up_logging()
+        args.run(args)
+    except KeyboardInterrupt:
+        print("maxi: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+        sys.stdout = None  # type: ignore[assignment]
+        return 0
+    except Exception as error:
+        if debug:
+            raise
+        fault = _explain(error)
+        print(fault.line(), file=sys.stderr)
+        return fault.code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,243 @@
+"""What a run writes down: metrics.jsonl, perf.jsonl, samples.jsonl, TensorBoard, trackers, and the terminal.
+
+metrics.jsonl and samples.jsonl hold only what the computation decides, so an interrupted run ends with the same bytes;
+times go to perf.jsonl. Steps may be recorded before the device has finished them: values are read one step late, which
+keeps it busy.
+"""
+
+import importlib
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from maxi.config import LogConfig
+from maxi.errors import EnvironmentFault, NumericsError
+
+GIVE_UP_AFTER = 5
+"""Consecutive steps without a finite loss and gradient after which a run ends."""
+
+Values = Mapping[str, Any]
+
+
+class Recorder:
+    """Writes the records of one run, from step `start` to `total`.
+
+    `tokens_per_s -> MFU` is `mfu`, or None where the device's peak is not known. `memory` gives bytes.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: LogConfig,
+        run_config: Values,
+        start: int,
+        total: int,
+        mfu: Callable[[float], float] | None,
+        memory: Callable[[], float],
+    ):
+        self._every, self._total, self._mfu, self._memory = config.every, total, mfu, memory
+        self._files: dict[str, IO[str]] = {
+            n: (folder / f"{n}.jsonl").open("a", encoding="utf-8") for n in ("metrics", "perf", "samples")
+        }
+        self._pending: tuple[int, Values, float] | None = None
+        self._first, self._skipped, self._window = True, 0, _Window()
+        self._trackers = [
+            _tensorboard(folder / "tensorboard"),
+            *(_tracker(name, config.project, folder, run_config) for name in config.to),
+        ]
+        self._screen = _Screen(start, total)
+        self.tokens_per_s: list[float] = []
+
+    def step(self, step: int, metrics: Values, data_wait: float) -> None:
+        """Takes the metrics of step `step` (device scalars); writes those of the step before.
+
+        Raises NumericsError after GIVE_UP_AFTER skipped steps in a row.
+        """
+        self.drain()
+        self._pending = step, metrics, data_wait
+
+    def drain(self) -> None:
+        """Waits for the pending step and writes it."""
+        if self._pending is None:
+            return
+        step, values, data_wait = self._pending
+        self._pending = None
+        metrics = {name: float(value) for name, value in values.items()}
+        if self._first:  # it compiled, which is no measure of speed
+            self._first, self._window = False, _Window()
+        else:
+            self._window.add(metrics["train/tokens"], data_wait)
+        self._skipped = self._skipped + 1 if metrics["train/skipped"] else 0
+        if self._skipped >= GIVE_UP_AFTER:
+            self.flush()
+            raise NumericsError(
+                f"loss or gradient was not finite {GIVE_UP_AFTER} times in a row",
+                f"step {step}",
+                "lower optim.lr, or look at the data of these steps",
+            )
+        if step % self._every == 0 or step == self._total:
+            perf = self._window.rates()
+            self._window = _Window()
+            self.tokens_per_s.append(perf["perf/tokens_per_s"])
+            if self._mfu:
+                perf["perf/mfu"] = self._mfu(perf["perf/tokens_per_s"])
+            perf["perf/memory_gib"] = self._memory() / 2**30
+            self._write("metrics", step, metrics)
+            self._write("perf", step, perf)
+            self._track(step, {**metrics, **perf})
+            self._screen.line(step, {**metrics, **perf})
+        self._screen.advance(step)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside (evaluating, saving) is left out of tokens per second."""
+        self.drain()
+        begin = time.monotonic()
+        yield
+        self._window.begin += time.monotonic() - begin
+
+    def evaluation(self, step: int, values: Values, samples: list[tuple[str, str]]) -> None:
+        """Writes an evaluation and the continuations (prompt, text) shown with it."""
+        metrics = {f"eval/{name}": value for name, value in values.items() if value is not None}
+        self._write("metrics", step, metrics)
+        self._track(step, metrics)
+        self.say("  ".join([f"eval at step {step}", *(f"{k.removeprefix('eval/')} {v:.4g}" for k, v in metrics.items())]))
+        for prompt, text in samples:
+            self._write("samples", step, {"prompt": prompt, "text": text})
+            self.say(f"  {prompt!r} -> {text!r}")
+
+    def say(self, line: str) -> None:
+        self._screen.say(line)
+
+    def flush(self) -> None:
+        """All that was recorded is in the files; called before a checkpoint says that these steps are done."""
+        self.drain()
+        for file in self._files.values():
+            file.flush()
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._screen.close()
+        for tracker in self._trackers:
+            tracker(None, {})
+        for file in self._files.values():
+            file.close()
+
+    def _write(self, name: str, step: int, values: Values) -> None:
+        finite = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._files[name].write(json.dumps({"step": step, **finite}, ensure_ascii=False) + "\n")
+
+    def _track(self, step: int, values: Values) -> None:
+        for tracker in self._trackers:
+            tracker(step, values)
+
+
+class _Window:
+    """Time and tokens since the last logged step."""
+
+    def __init__(self) -> None:
+        self.begin = time.monotonic()
+        self._steps, self._tokens, self._wait = 0, 0.0, 0.0
+
+    def add(self, tokens: float, data_wait: float) -> None:
+        self._steps, self._tokens, self._wait = self._steps + 1, self._tokens + tokens, self._wait + data_wait
+
+    def rates(self) -> dict[str, float]:
+        seconds, steps = max(time.monotonic() - self.begin, 1e-9), max(self._steps, 1)
+        return {
+            "perf/tokens_per_s": self._tokens / seconds,
+            "perf/step_s": seconds / steps,
+            "perf/data_wait_s": self._wait / steps,
+        }
+
+
+class _Screen:
+    """A progress bar with the time left on a terminal, plain lines elsewhere."""
+
+    def __init__(self, start: int, total: int):
+        self._console = Console(highlight=False, markup=False, soft_wrap=True)
+        self._begin, self._start, self._total = time.monotonic(), start, total
+        self._bar: Progress | None = None
+        if self._console.is_terminal:
+            columns = (
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[text]}", markup=False),
+                TimeRemainingColumn(compact=True),
+            )
+            self._bar = Progress(*columns, console=self._console)
+            self._task = self._bar.add_task("", total=total, completed=start, text="")
+            self._bar.start()
+
+    def advance(self, step: int) -> None:
+        if self._bar:
+            self._bar.update(self._task, completed=step)
+
+    def line(self, step: int, values: Values) -> None:
+        mfu = f"  mfu {values['perf/mfu']:.1%}" if "perf/mfu" in values else ""
+        text = (
+            f"loss {values['train/loss']:.4f}  lr {values['optim/lr']:.2e}  grad {values['optim/grad_norm']:.2f}  "
+            f"{values['perf/tokens_per_s']:,.0f} tokens/s{mfu}"
+        )
+        if self._bar:
+            self._bar.update(self._task, text=text)
+            return
+        left = (time.monotonic() - self._begin) / max(step - self._start, 1) * (self._total - step)
+        self.say(f"step {step}/{self._total}  {text}  {left // 60:.0f}:{left % 60:02.0f} left")
+
+    def say(self, line: str) -> None:
+        self._console.print(line)
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+
+
+Tracker = Callable[[int | None, Values], None]
+"""Takes the values of a step; a step of None means that the run is over."""
+
+
+def _tensorboard(folder: Path) -> Tracker:
+    from tensorboardX import SummaryWriter
+
+    writer = SummaryWriter(str(folder))
+
+    def track(step: int | None, values: Values) -> None:
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                writer.add_scalar(name, value, step)
+        if step is None:
+            writer.close()
+
+    return track
+
+
+def _tracker(name: str, project: str, folder: Path, run_config: Values) -> Tracker:
+    """Weights & Biases or Trackio, which share an interface. Raises EnvironmentFault when it is not installed."""
+    try:
+        library = importlib.import_module(name)
+    except ImportError:
+        raise EnvironmentFault(f"{name} is not installed", "log.to", f'pip install "maxi[{name}]"') from None
+    library.init(project=project, name=folder.name, config=dict(run_config))
+
+    def track(step: int | None, values: Values) -> None:
+        library.log(dict(values), step=step) if step is not None else library.finish()
+
+    return track
+
+
+def process_memory() -> float:
+    """Largest resident memory of this process so far, in bytes."""
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

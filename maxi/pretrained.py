@@ -1,0 +1,82 @@
+"""A MODEL argument, which everywhere may be a Hugging Face folder or a run folder, to weights in memory."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from maxi import hf
+from maxi.checkpoint import Checkpoints, abstract_state
+from maxi.errors import ModelFolderError
+from maxi.hf import Loaded
+from maxi.models import Model, from_hf_config
+from maxi.params import abstract, shardings
+from maxi.run import Run
+
+
+def model_folder(path: str | Path) -> Path:
+    """Where config.json and the tokenizer of a MODEL are. Raises ModelFolderError when `path` is neither kind."""
+    folder = Path(path).expanduser()
+    if Run.is_run(folder):
+        return Run(folder).model
+    if not (folder / "config.json").is_file():
+        what = "there is no such folder" if not folder.is_dir() else "neither a run folder nor a Hugging Face model"
+        raise ModelFolderError(what, str(path), "name a folder with config.json, or one that `maxi train` made")
+    return folder
+
+
+def read_model(path: str | Path) -> Model:
+    """The `Model` of a MODEL, without weights."""
+    return hf.read_config(model_folder(path))
+
+
+def open_model(path: str | Path, step: int | None = None, dtype: Any = "float32", mesh: Mesh | None = None) -> Loaded:
+    """Model, weights (the moving average where the run kept one) and folder of a MODEL.
+
+    `step` picks a run's checkpoint, by default the newest; weights go to `mesh`, by default to one device. `dtype` None
+    keeps what is stored. Raises ModelFolderError for a folder or step that cannot be used.
+    """
+    folder = model_folder(path)
+    if not Run.is_run(path):
+        if step is not None:
+            raise ModelFolderError("a Hugging Face folder has no steps", str(path), "leave out --step")
+        model, params = hf.read(folder, dtype=dtype, mesh=mesh)
+        return Loaded(model, params, folder)
+    model = read_model(path)
+    checkpoints = Checkpoints(Run(path).checkpoints, read_only=True) if Run(path).checkpoints.is_dir() else None
+    steps = checkpoints.steps() if checkpoints else []
+    if checkpoints is None or not steps:
+        raise ModelFolderError("the run has no checkpoint yet", str(path), "train it further")
+    if step is not None and step not in steps:
+        raise ModelFolderError(f"the run has no checkpoint of step {step}", str(path), f"it has {', '.join(map(str, steps))}")
+    where = shardings(model.table, mesh) if mesh else model.table.map(lambda *_: SingleDeviceSharding(jax.devices()[0]))
+    params = checkpoints.restore_weights(steps[-1] if step is None else step, abstract_state(abstract(model.table), where))
+    checkpoints.close()
+    if dtype is not None:
+        params = jax.tree.map(lambda w: w.astype(dtype), params)
+    return Loaded(model, params, folder)
+
+
+def resolve_config(
+    init_from: str | None, config: str | dict[str, Any] | None, vocab_size: int, special: dict[str, Any]
+) -> Model:
+    """The model that a run's `model` section asks for.
+
+    `config` (a path or fields) is read over the config of `init_from`. `vocab_size` is taken when neither gives one;
+    `special` are token ids of the tokenizer, taken unless given. Raises ModelFolderError.
+    """
+    fields: dict[str, Any] = {}
+    where = init_from or "model.config"
+    if init_from is not None:
+        fields |= read_model(init_from).hf_config
+    if isinstance(config, str):
+        where = config
+        try:
+            fields |= json.loads(Path(config).expanduser().read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ModelFolderError(f"cannot read the model's config, {error}", config, "name a config.json") from None
+    elif config:
+        fields |= config
+    return from_hf_config({"vocab_size": vocab_size, **special, **fields}, where)

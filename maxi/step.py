@@ -1,0 +1,139 @@
+"""One training step: micro-batches, one division, one update, all in one jitted function that owns its state.
+
+The step knows neither the config nor the model: it gets a loss that returns sums, an optimizer and a table to read
+shardings from. Gradients of micro-batches are summed in float32 and divided once by the global weight, so that
+accumulation is exact and tokens count alike on every device.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from maxi.objectives import Sums
+from maxi.params import Table, Tree, init, shardings
+from maxi.sharding import activation_spec, constrain
+
+Batch = dict[str, jax.Array]
+Loss = Callable[[Tree, Batch], Sums]
+Metrics = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class State:
+    """All that training changes. `ema` is a moving average of `params`, or None."""
+
+    step: jax.Array
+    params: Tree
+    opt_state: Any
+    ema: Tree | None
+
+
+def state_shardings(table: Table, optimizer: optax.GradientTransformation, mesh: Mesh, ema: bool) -> State:
+    """A `State` of shardings: optimizer moments lie as their parameters do, counters on every device."""
+    params, whole = shardings(table, mesh), NamedSharding(mesh, PartitionSpec())
+    shape = jax.eval_shape(lambda: optimizer.init(init(table, jax.random.key(0))))
+    opt_state = optax.tree.map_params(
+        optimizer,
+        lambda leaf, sharding: leaf if _masked(leaf) else sharding,
+        shape,
+        params,
+        transform_non_params=lambda _: whole,
+        is_leaf=_masked,
+    )
+    return State(step=whole, params=params, opt_state=opt_state, ema=params if ema else None)  # type: ignore[arg-type]
+
+
+def _masked(node: Any) -> bool:
+    """Where `optax.partition` leaves a parameter to another optimizer."""
+    return isinstance(node, optax.MaskedNode)
+
+
+def make_state(params: Tree, optimizer: optax.GradientTransformation, ema: bool) -> State:
+    """The state before the first step, with float32 weights. Traceable: `jax.eval_shape` gives its shapes."""
+    params = jax.tree.map(lambda w: w.astype(jnp.float32), params)
+    average = jax.tree.map(jnp.copy, params) if ema else None
+    return State(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)  # type: ignore[call-arg]
+
+
+def new_state(params: Tree, optimizer: optax.GradientTransformation, where: State, ema: bool) -> State:
+    """`make_state`, each leaf built where it belongs."""
+    return jax.jit(lambda params: make_state(params, optimizer, ema), out_shardings=where)(params)
+
+
+def put(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
+    """This process's rows of a global batch, [B, T] numpy, onto the devices that hold them."""
+    rows = NamedSharding(mesh, activation_spec("BT"))
+    return {name: jax.make_array_from_process_local_data(rows, value) for name, value in batch.items()}
+
+
+def make_step(
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    rate: optax.Schedule,
+    where: State,
+    *,
+    micro_batches: int = 1,
+    ema: float = 0.0,
+) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    """The jitted `step(state, batch) -> (state, metrics)`; it consumes (donates) the state it is given.
+
+    `batch` arrays are [B, T]; metrics are float32 scalars. When loss or gradient is not finite the state stays as it
+    was but for the step count, and `train/skipped` is 1.
+    """
+
+    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        sums, grads = _accumulate(loss, state.params, batch, micro_batches)
+        weight = jnp.maximum(sums.weight, 1.0)
+        grads = jax.tree.map(lambda g: g / weight, grads)
+        norm = optax.tree.norm(grads)
+        fine = jnp.isfinite(norm) & jnp.isfinite(sums.loss)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = None
+        if state.ema is not None:
+            average = jax.tree.map(lambda old, new: ema * old + (1 - ema) * new, state.ema, params)
+        changed = State(state.step, params, opt_state, average)  # type: ignore[arg-type]
+        kept = jax.tree.map(lambda new, old: jnp.where(fine, new, old), changed, state)
+        metrics = {
+            **{name: total / jnp.maximum(count, 1.0) for name, (total, count) in sums.metrics.items()},
+            "train/tokens": (batch["segments"] != 0).sum().astype(jnp.float32),
+            "train/skipped": 1.0 - fine,
+            "optim/grad_norm": norm,
+            "optim/lr": jnp.asarray(rate(state.step), jnp.float32),
+        }
+        return kept.replace(step=state.step + 1), metrics
+
+    return jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+
+
+def _accumulate(loss: Loss, params: Tree, batch: Batch, micro_batches: int) -> tuple[Sums, Tree]:
+    """Sums and their gradient over all micro-batches, the gradient in float32."""
+
+    def total(params: Tree, batch: Batch) -> tuple[jax.Array, Sums]:
+        sums = loss(params, batch)
+        return sums.loss, sums
+
+    gradient = jax.value_and_grad(total, has_aux=True)
+    if micro_batches == 1:
+        (_, sums), grads = gradient(params, batch)
+        return sums, grads
+
+    def split(a_BT: jax.Array) -> jax.Array:
+        # every device keeps its own rows: micro-batch m takes rows m, m + M, m + 2M, ...
+        a_MBT = a_BT.reshape(-1, micro_batches, *a_BT.shape[1:]).swapaxes(0, 1)
+        return constrain(a_MBT, "MBT")
+
+    def add(carry: tuple[Sums, Tree], micro: Batch) -> tuple[tuple[Sums, Tree], None]:
+        (_, sums), grads = gradient(params, micro)
+        return jax.tree.map(jnp.add, carry, (sums, grads)), None
+
+    micros = jax.tree.map(split, batch)
+    first = jax.eval_shape(lambda b: gradient(params, b), jax.tree.map(lambda a: a[0], micros))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (first[0][1], first[1]))
+    return jax.lax.scan(add, zeros, micros)[0]

@@ -1,0 +1,305 @@
+"""A run from its config to the exported model: the one picture of how the pieces meet.
+
+    config -> run folder -> devices -> tokenizer, model, data -> state: resume | from weights | new -> steps -> export
+
+The same call resumes an interrupted run where its newest checkpoint stands, and says so when all steps are done.
+Nothing here depends on the objective, the family or the number of devices.
+"""
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from maxi import evaluate, mesh, objectives, optim, pretrained
+from maxi import export as exports
+from maxi import step as steps
+from maxi.checkpoint import Checkpoints, abstract_state
+from maxi.config import Config, to_tree
+from maxi.data.loader import Batches, EvalRows, open_data
+from maxi.data.tokenizer import Tokenizer
+from maxi.errors import ConfigError, Preempted
+from maxi.generation import generate
+from maxi.hf import Loaded
+from maxi.hf.config_json import config_fields, generation_fields
+from maxi.metrics import Recorder, process_memory
+from maxi.models import Model, decoder
+from maxi.models.decoder import UNROLL_AT_MOST, Compute
+from maxi.params import count, init, shardings
+from maxi.run import Run, claim, record, truncate_after, write_whole
+from maxi.signals import StopRequest
+from maxi.step import State
+
+log = logging.getLogger("maxi")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run came to. Losses are nats per token on the evaluation rows, before the first step and after the last."""
+
+    run_dir: str
+    steps: int
+    parameters: int
+    loss_before: float | None
+    loss_after: float | None
+    bits_per_byte: float | None
+    tokens_per_s: float | None
+    export: str | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """The pieces of a run, put together and checked, before anything is computed."""
+
+    config: Config
+    run: Run
+    devices: Mesh
+    tokenizer: Tokenizer
+    model: Model
+    batches: Batches
+    eval_rows: EvalRows | None
+    total: int
+    compute: Compute
+    rate: optax.Schedule
+    optimizer: optax.GradientTransformation
+    where: State
+
+
+def train(config: Config) -> Summary:
+    """Trains as configured, resuming if the run folder holds a checkpoint.
+
+    Raises a MaxiError for whatever the user can mend; Preempted, once all is saved, when a signal asked to stop.
+    """
+    with claim(config) as run, StopRequest() as stop:
+        job = _prepare(config, run)
+        with jax.set_mesh(job.devices):
+            checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep, config.checkpoint.background)
+            state, start = _begin(job, checkpoints)
+            with _recorder(job, start) as recorder:
+                state = _steps(job, state, start, recorder, checkpoints, stop)
+            checkpoints.close()
+        if config.export_hf:
+            _export(job, state)
+        return _summary(job, recorder)
+
+
+def _prepare(config: Config, run: Run) -> Job:
+    """All pieces; everything that can be known to fail without compiling fails here."""
+    _keep_compiled_programs()
+    devices = mesh.build(config.mesh)
+    log.info("devices: %s", mesh.describe(devices))
+    tokenizer, model = _tokenizer_and_model(config)
+    _check_fit(config, tokenizer, model, devices)
+
+    batches, eval_rows = open_data(
+        config.data, tokenizer, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed, log=log.info
+    )
+    total = config.steps or max(1, math.floor((config.epochs or 1) * batches.rows_per_epoch / config.batch_size))
+    record(run, config, {"data": batches.fingerprint, "tokenizer": tokenizer.fingerprint()})
+    _keep_model_files(run, config, model, tokenizer)
+
+    compute = _compute(config, model)
+    rate = optim.schedule(config.optim, total)
+    optimizer = optim.optimizer(config.optim, model.table, rate)
+    where = steps.state_shardings(model.table, optimizer, devices, bool(config.optim.ema))
+    job = Job(config, run, devices, tokenizer, model, batches, eval_rows, total, compute, rate, optimizer, where)
+    _announce(job)
+    return job
+
+
+def _begin(job: Job, checkpoints: Checkpoints) -> tuple[State, int]:
+    """The state to go on from and the number of steps it has behind it: resumed, from other weights, or new."""
+    config, table, ema = job.config, job.model.table, bool(job.config.optim.ema)
+    saved = checkpoints.steps()
+    start = saved[-1] if saved else 0
+    for records in (job.run.metrics, job.run.samples, job.run.perf):
+        truncate_after(records, start if saved else -1)
+    if saved:
+        log.info("state: resumed from step %d of %d%s", start, job.total, ", all done" if start >= job.total else "")
+        new = partial(steps.make_state, optimizer=job.optimizer, ema=ema)
+        shapes = jax.eval_shape(lambda: new(init(table, jax.random.key(0))))
+        return checkpoints.restore(start, abstract_state(shapes, job.where)), start
+    if config.model.init_from:
+        log.info("state: weights of %s, new optimizer", config.model.init_from)
+        params = pretrained.open_model(config.model.init_from, mesh=job.devices).params
+    else:
+        log.info("state: new weights from seed %d", config.seed)
+        params = jax.jit(partial(init, table), out_shardings=job.where.params)(jax.random.key(config.seed))
+    return steps.new_state(params, job.optimizer, job.where, ema), 0
+
+
+def _steps(job: Job, state: State, start: int, recorder: Recorder, checkpoints: Checkpoints, stop: StopRequest) -> State:
+    """Steps `start` to `total`. What a checkpoint says is done is in the records before it is written."""
+    config, host, hosts = job.config, jax.process_index(), jax.process_count()
+    objective = objectives.build(**asdict(config.objective))
+    loss = partial(objective.loss, partial(decoder.logprobs, job.model, compute=job.compute))
+    take_step = steps.make_step(
+        loss, job.optimizer, job.rate, job.where, micro_batches=config.micro_batches, ema=config.optim.ema
+    )
+    examine = _examiner(job)
+    if start == 0:
+        recorder.evaluation(0, *examine(state))
+    batches = job.batches.iterate(start, host, hosts)
+    for done in range(start + 1, job.total + 1):
+        asked_at = time.monotonic()
+        batch = next(batches)
+        waited = time.monotonic() - asked_at
+        state, metrics = take_step(state, steps.put(batch, job.devices))
+        recorder.step(done, metrics, waited)
+        last = done == job.total
+        if last or done % config.eval.every == 0:
+            with recorder.paused():
+                recorder.evaluation(done, *examine(state))
+        if last or done % config.checkpoint.every == 0 or stop.asked:
+            with recorder.paused():
+                recorder.flush()
+                checkpoints.save(done, state)
+        if stop.asked and not last:
+            checkpoints.wait()
+            what = f"{stop.asked} at step {done} of {job.total}, all is saved"
+            raise Preempted(what, config.run_dir, "run the same command to go on")
+    checkpoints.wait()
+    return state
+
+
+def _examiner(job: Job) -> Callable[[State], tuple[dict[str, Any], list[tuple[str, str]]]]:
+    """What an evaluation does: metrics on the evaluation rows, and continuations of the fixed prompts."""
+    config, step_fn, token_bytes = job.config.eval, evaluate.eval_step(job.model, job.compute), job.tokenizer.token_bytes()
+    host, hosts = jax.process_index(), jax.process_count()
+
+    def examine(state: State) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+        params = state.params if state.ema is None else state.ema
+        values: dict[str, Any] = {}
+        if job.eval_rows is not None:
+            rows = job.eval_rows.batches(config.max_rows, host, hosts)
+            values = evaluate.measure(step_fn, params, rows, token_bytes, place=partial(steps.put, mesh=job.devices))
+        texts: list[str] = []
+        if config.prompts:
+            loaded = Loaded(job.model, params, job.run.model)
+            texts = generate(loaded, config.prompts, max_new_tokens=config.max_new_tokens)
+        return values, list(zip(config.prompts, texts, strict=True))
+
+    return examine
+
+
+def _tokenizer_and_model(config: Config) -> tuple[Tokenizer, Model]:
+    """Raises ConfigError when `tokenizer` is not the one that the weights of `model.init_from` know."""
+    init_from = config.model.init_from
+    source = pretrained.model_folder(init_from) if init_from else None
+    tokenizer = Tokenizer.load(config.tokenizer or source or "")
+    if config.tokenizer and source and Tokenizer.load(source).fingerprint() != tokenizer.fingerprint():
+        raise ConfigError(f"{config.tokenizer} is not the tokenizer of {init_from}", "tokenizer", "leave out tokenizer")
+    special = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id, "bos_token_id": None}
+    return tokenizer, pretrained.resolve_config(init_from, config.model.config, tokenizer.vocab_size, special)
+
+
+def _check_fit(config: Config, tokenizer: Tokenizer, model: Model, devices: Mesh) -> None:
+    """Sizes that must fit each other. Raises ConfigError."""
+    if tokenizer.vocab_size > model.vocab_size:
+        what = f"the tokenizer has {tokenizer.vocab_size:,} ids but the model {model.vocab_size:,}"
+        raise ConfigError(what, "model.config.vocab_size", "raise it, or take the model's own tokenizer")
+    if config.seq_len > model.rope.max_position:
+        what = f"seq_len {config.seq_len} is over the model's max_position_embeddings {model.rope.max_position}"
+        raise ConfigError(what, "seq_len", "lower it, or set model.config.max_position_embeddings (and rope_scaling)")
+    parts = devices.shape["replica"] * devices.shape["fsdp"] * config.micro_batches
+    if config.batch_size % parts:
+        what = f"batch_size {config.batch_size} does not divide into {parts}, mesh.replica x mesh.fsdp x micro_batches"
+        raise ConfigError(what, "batch_size", f"make it a multiple of {parts}")
+    shardings(model.table, devices)
+
+
+def _compute(config: Config, model: Model) -> Compute:
+    """The compute section, every `auto` decided."""
+    wanted, on_cpu = config.compute, jax.default_backend() == "cpu"
+    auto = jnp.float32 if on_cpu else jnp.bfloat16
+    dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "auto": auto}[wanted.dtype]
+    unroll = wanted.layers == "unroll" or (wanted.layers == "auto" and on_cpu and len(model.layers) <= UNROLL_AT_MOST)
+    return Compute(dtype, wanted.remat, unroll, wanted.attention, wanted.head)
+
+
+def _announce(job: Job) -> None:
+    """What was chosen, and what will be done."""
+    config, model, compute, rows = job.config, job.model, job.compute, job.batches.rows_per_epoch
+    log.info(
+        "model: %s, %s parameters, %d layers (%s), vocabulary %s of which the tokenizer uses %s",
+        *(model.family, f"{count(model.table):,}", len(model.layers), "unrolled" if compute.unroll else "scanned"),
+        *(f"{model.vocab_size:,}", f"{job.tokenizer.vocab_size:,}"),
+    )
+    log.info("compute: %s, remat %s", jnp.dtype(compute.dtype).name, compute.remat)
+    size = f"{config.batch_size} x {config.seq_len} tokens in {config.micro_batches} micro-batches"
+    log.info("plan: %d steps of %s, %.2f epochs", job.total, size, job.total * config.batch_size / rows)
+
+
+def _keep_compiled_programs() -> None:
+    """Compiled steps are kept on disk, so that a second start takes seconds."""
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "maxi" / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        log.info("compiled programs: %s", cache)
+
+
+def _keep_model_files(run: Run, config: Config, model: Model, tokenizer: Tokenizer) -> None:
+    """config.json, generation_config.json and the tokenizer, which make the run folder a MODEL by itself."""
+    if (run.model / "config.json").is_file():
+        return
+    run.model.mkdir(exist_ok=True)
+    tokenizer.save(run.model)
+    fields = config_fields(model, "float32", tokenizer)
+    source = config.model.init_from
+    given = Loaded(model, {}, pretrained.model_folder(source)).generation if source else None
+    if generation := generation_fields(fields, tokenizer, given):
+        write_whole(run.model / "generation_config.json", json.dumps(generation, indent=2) + "\n")
+    write_whole(run.model / "config.json", json.dumps(fields, indent=2) + "\n")
+
+
+def _recorder(job: Job, start: int) -> Recorder:
+    peak = mesh.peak_flops(job.devices)
+    flops = job.model.train_flops_per_token(job.config.seq_len)
+    return Recorder(
+        job.run.folder,
+        job.config.log,
+        to_tree(job.config),
+        start,
+        job.total,
+        mfu=(lambda tokens_per_s: tokens_per_s * flops / peak) if peak else None,
+        memory=lambda: mesh.memory_in_use(job.devices) or process_memory(),
+    )
+
+
+def _export(job: Job, state: State) -> None:
+    """hf/, unless it is already of this step."""
+    run = job.run
+    if run.hf.is_dir() and run.exported.is_file() and json.loads(run.exported.read_text())["step"] == job.total:
+        return
+    params = state.params if state.ema is None else state.ema
+    exports.write(run, Loaded(job.model, params, run.model), run.hf.resolve(), force=True)
+    write_whole(run.exported, json.dumps({"step": job.total}) + "\n")
+    log.info("export: %s (step %d, %s)", run.hf, job.total, job.config.export_dtype)
+
+
+def _summary(job: Job, recorder: Recorder) -> Summary:
+    lines = [json.loads(line) for line in job.run.metrics.read_text(encoding="utf-8").splitlines()]
+    evals = [line for line in lines if "eval/loss" in line]
+    first, last = (evals[0], evals[-1]) if evals else ({}, {})
+    rates = sorted(recorder.tokens_per_s)
+    return Summary(
+        run_dir=str(job.run.folder),
+        steps=job.total,
+        parameters=count(job.model.table),
+        loss_before=first.get("eval/loss"),
+        loss_after=last.get("eval/loss"),
+        bits_per_byte=last.get("eval/bits_per_byte"),
+        tokens_per_s=rates[len(rates) // 2] if rates else None,
+        export=str(job.run.hf) if job.config.export_hf else None,
+    )
