@@ -175,13 +175,13 @@ def _tokenizer(args: argparse.Namespace) -> None:
     print(f"{made.folder}: {made.vocab_size:,} ids")
 
 
-def _set_up_logging() -> None:
-    """maxi's own lines go to stdout as they are; other libraries only speak up when something is wrong."""
+def _set_up_logging(level: int) -> None:
+    """maxi's own lines of `level` go to stdout as they are; other libraries only speak up when something is wrong."""
     lines = logging.StreamHandler(sys.stdout)
     lines.setFormatter(logging.Formatter("%(message)s"))
     log = logging.getLogger("maxi")
     log.handlers, log.propagate = [lines], False
-    log.setLevel(logging.INFO)
+    log.setLevel(level)
     logging.getLogger("absl").setLevel(logging.ERROR)
     logging.getLogger("orbax").setLevel(logging.ERROR)
 
@@ -206,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in argv
     try:
         args = parser().parse_args(argv)
-        _set_up_logging()
+        _set_up_logging(logging.INFO if args.run in (_train, _quickstart) else logging.WARNING)
         args.run(args)
     except KeyboardInterrupt:
         print("maxi: interrupted", file=sys.stderr)

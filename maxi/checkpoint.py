@@ -30,7 +30,8 @@ class Checkpoints:
             create=not read_only,
             read_only=read_only,
         )
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_names=("params", "rest"))
+        handlers = {item: ocp.StandardCheckpointHandler() for item in ("params", "rest")}
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
 
     def steps(self) -> list[int]:
         """Steps that have a whole checkpoint, ascending."""

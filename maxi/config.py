@@ -19,10 +19,12 @@ from pydantic.dataclasses import dataclass
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent
 
 from maxi.errors import ConfigError
 
 MAX_YAML_BYTES = 1 << 20
+MAX_YAML_DEPTH = 32
 
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -309,11 +311,13 @@ def _read_text(path: Path) -> str:
 
 def _read_yaml(text: str, where: str) -> Any:
     """YAML 1.2 without anchors, aliases, tags or duplicate keys, each refused with its line."""
-    from ruamel.yaml.events import AliasEvent
-
     try:
+        depth = 0
         for event in YAML(typ="safe", pure=True).parse(text):
+            depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
             line = f"{where}:{event.start_mark.line + 1}"
+            if depth > MAX_YAML_DEPTH:
+                raise ConfigError("the YAML is nested too deeply", line, f"{MAX_YAML_DEPTH} levels are enough")
             if isinstance(event, AliasEvent) or getattr(event, "anchor", None):
                 raise ConfigError("YAML anchors and aliases are not allowed", line, "write the value out")
             if str(getattr(event, "tag", None) or "").strip("!"):
@@ -328,7 +332,7 @@ def _read_yaml(text: str, where: str) -> Any:
         raise ConfigError(
             f"malformed YAML, {error.problem}", f"{where}:{mark.line + 1 if mark else 1}", "check indentation and quotes"
         ) from None
-    except (YAMLError, RecursionError) as error:
+    except YAMLError as error:
         raise ConfigError(f"malformed YAML, {type(error).__name__}", where, "check indentation and quotes") from None
 
 

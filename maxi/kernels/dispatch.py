@@ -32,7 +32,8 @@ def choose(operation: str, wanted: str, backends: Sequence[Backend], *args: Any,
         if wanted in ("auto", backend.name):
             reason = backend.why_not(*args, **kwargs)
             if reason is None:
-                _say_once(operation, backend.name, "asked for" if wanted != "auto" else "; ".join(reasons) or "first choice")
+                if wanted == "auto":
+                    _say_once(operation, backend.name, "; ".join(reasons) or "first choice")
                 return backend
             reasons.append(f"not {backend.name}, {reason}")
     known = ", ".join(backend.name for backend in backends)
