@@ -144,7 +144,9 @@ def _convert(args: argparse.Namespace) -> None:
 
 def _eval(args: argparse.Namespace) -> None:
     from maxi.evaluate import run_eval
+    from maxi.runtime import keep_compiled_programs
 
+    keep_compiled_programs()
     run_eval(
         args.model,
         args.data,
@@ -159,7 +161,9 @@ def _eval(args: argparse.Namespace) -> None:
 
 def _generate(args: argparse.Namespace) -> None:
     from maxi.generation import Sampling, run_generate
+    from maxi.runtime import keep_compiled_programs
 
+    keep_compiled_programs()
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     run_generate(args.model, args.prompt, Sampling(**{name: getattr(args, name) for name in names}), out=sys.stdout)
 

@@ -52,7 +52,7 @@ class Source:
     """One place documents come from."""
 
     path: str
-    """A .txt, .jsonl or .parquet file (or .gz, .zst), a folder, a glob, a dataset saved on disk, hf://name, python-docs."""
+    """A .txt, .json(l) or .parquet file (or .gz, .zst), a folder, a glob, a dataset saved on disk, hf://name, python-docs."""
     weight: Positive = 1.0
     """Share of rows drawn from this source, relative to the others."""
     field: str = "text"
@@ -111,7 +111,7 @@ class OptimConfig:
     decay_ratio: Share = 0.2
     """wsd: the share of all steps that decays."""
     b1: Beta = 0.9
-    """Decay of the first moment (adamw), or muon's momentum is 0.95 and this is for its adamw part."""
+    """Decay of adamw's first moment; muon's own momentum is always 0.95."""
     b2: Beta = 0.95
     """Decay of the second moment."""
     eps: Positive = 1e-8
@@ -149,7 +149,7 @@ class ComputeConfig:
     layers: Literal["auto", "scan", "unroll"] = "auto"
     """Compile one layer and scan it, or every layer by itself; auto: unroll up to 12 layers on CPU, else scan."""
     attention: Literal["auto", "reference", "blockwise"] = "auto"
-    """Attention kernel; auto takes the first that can run here and says why."""
+    """Attention kernel of training and evaluation; auto takes the first that can run here and says why."""
     head: Literal["auto", "full", "chunked"] = "auto"
     """Whether all logits of a micro-batch are held at once; auto decides by their size."""
 
@@ -185,7 +185,7 @@ class LogConfig:
     """What is written down."""
 
     every: Count = 10
-    """Steps between lines in metrics.jsonl, on the terminal and in TensorBoard."""
+    """Steps between lines in metrics.jsonl, on the terminal and in TensorBoard; each tells of its step alone."""
     to: tuple[Literal["wandb", "trackio"], ...] = ()
     """Trackers beside TensorBoard; each needs the extra of its name."""
     project: str = "maxi"

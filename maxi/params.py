@@ -3,7 +3,7 @@
 A family declares `Param`s (dimensions, Hugging Face name and layout, initialiser). From the table come the
 parameter tree, its shapes and first values, weight decay, counts and FLOPs here; shardings in `sharding.py`; the
 optimizer's view in `optim.py`; and Hugging Face import and export, which read one pattern in both directions, in
-`hf.py`.
+`hf/`.
 
 The tree: `{"embed": [V, D], "layers": {"w_q": [L, D, N, H], ...}, "final_norm": [D]}`. Layers whose weights have the
 same shapes form one *stack*, stacked along L; a model with layers of several kinds has several stacks.

@@ -15,6 +15,8 @@ from maxi.models import Model, from_hf_config
 from maxi.params import abstract, shardings
 from maxi.run import Run
 
+_ROPE_FIELDS = {"rope_theta", "rope_scaling", "rope_parameters"}
+
 
 def model_folder(path: str | Path) -> Path:
     """Where config.json and the tokenizer of a MODEL are. Raises ModelFolderError when `path` is neither kind."""
@@ -74,9 +76,16 @@ def resolve_config(
     if isinstance(config, str):
         where = config
         try:
-            fields |= json.loads(Path(config).expanduser().read_text(encoding="utf-8"))
+            config = json.loads(Path(config).expanduser().read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ModelFolderError(f"cannot read the model's config, {error}", config, "name a config.json") from None
-    elif config:
-        fields |= config
+            raise ModelFolderError(f"cannot read the model's config, {error}", where, "name a config.json") from None
+    if not isinstance(config, dict | None):
+        raise ModelFolderError("the model's config is not a mapping", where, "name a config.json")
+    changes = config or {}
+    if not _ROPE_FIELDS.isdisjoint(changes):  # these say the same thing: what is given replaces all of them but the base
+        theta = fields.get("rope_theta") or (fields.get("rope_parameters") or {}).get("rope_theta")
+        fields = {name: value for name, value in fields.items() if name not in _ROPE_FIELDS}
+        if theta is not None and "rope_theta" not in (changes.get("rope_parameters") or {}):
+            fields["rope_theta"] = theta
+    fields |= changes
     return from_hf_config({"vocab_size": vocab_size, **special, **fields}, where)

@@ -6,6 +6,8 @@ is done already is not done again, so the same command resumes.
 
 import importlib.util
 import logging
+import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,10 +101,11 @@ def _summary(run: Summary, seconds: float, config_path: str) -> list[str]:
         lines += [f"held-out      {run.bits_per_byte:.3f} bits per byte"]
     if run.tokens_per_s is not None:
         lines += [f"speed         {run.tokens_per_s:,.0f} tokens/s"]
+    maxi = "maxi" if shutil.which("maxi") else sys.argv[0]
     return [
         *lines,
         f"time          {seconds:.0f} s",
         f"model         {run.export} (Hugging Face format)",
-        f'try next      maxi generate {run.run_dir} --prompt "Return the" --temperature 0.8 --top-p 0.9',
-        f"or            maxi train {config_path} run_dir=runs/longer steps={4 * run.steps}",
+        f'try next      {maxi} generate {run.run_dir} --prompt "Return the" --temperature 0.8 --top-p 0.9',
+        f"or            {maxi} train {config_path} run_dir=runs/longer steps={4 * run.steps}",
     ]

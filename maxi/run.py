@@ -10,6 +10,7 @@ perf.jsonl       what depends on the machine: times, tokens per second, memory
 tensorboard/     both of them as TensorBoard events
 hf/              the export
 exported.json    which step it is of
+lock             held while a process trains here
 """
 
 import fcntl
@@ -40,7 +41,10 @@ RESUMABLE = (
     "data.workers",
     "data.cache_dir",
 )
-"""Keys that may change when a run goes on: they say how far, how fast and what is shown, not what is learned."""
+"""Keys that may change when a run goes on: they say how far and how fast to go and what to show.
+
+More steps also stretch the learning-rate schedule from here on.
+"""
 
 
 class Run:

@@ -9,12 +9,10 @@ Nothing here depends on the objective, the family or the number of devices.
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -38,6 +36,7 @@ from maxi.models import Model, decoder
 from maxi.models.decoder import UNROLL_AT_MOST, Compute
 from maxi.params import count, init, shardings
 from maxi.run import Run, claim, record, truncate_after, write_whole
+from maxi.runtime import keep_compiled_programs
 from maxi.signals import StopRequest
 from maxi.step import State
 
@@ -81,9 +80,9 @@ def train(config: Config) -> Summary:
 
     Raises a MaxiError for whatever the user can mend; Preempted, once all is saved, when a signal asked to stop.
     """
-    with claim(config) as run, StopRequest() as stop:
+    with claim(config) as run:
         job = _prepare(config, run)
-        with jax.set_mesh(job.devices):
+        with jax.set_mesh(job.devices), StopRequest() as stop:
             checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep, config.checkpoint.background)
             state, start = _begin(job, checkpoints)
             with _recorder(job, start) as recorder:
@@ -96,7 +95,7 @@ def train(config: Config) -> Summary:
 
 def _prepare(config: Config, run: Run) -> Job:
     """All pieces; everything that can be known to fail without compiling fails here."""
-    _keep_compiled_programs()
+    keep_compiled_programs()
     devices = mesh.build(config.mesh)
     log.info("devices: %s", mesh.describe(devices))
     tokenizer, model = _tokenizer_and_model(config)
@@ -239,14 +238,6 @@ def _announce(job: Job) -> None:
     log.info("compute: %s, remat %s", jnp.dtype(compute.dtype).name, compute.remat)
     size = f"{config.batch_size} x {config.seq_len} tokens in {config.micro_batches} micro-batches"
     log.info("plan: %d steps of %s, %.2f epochs", job.total, size, job.total * config.batch_size / rows)
-
-
-def _keep_compiled_programs() -> None:
-    """Compiled steps are kept on disk, so that a second start takes seconds."""
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "maxi" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-        log.info("compiled programs: %s", cache)
 
 
 def _keep_model_files(run: Run, config: Config, model: Model, tokenizer: Tokenizer) -> None:

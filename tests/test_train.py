@@ -29,7 +29,8 @@ seq_len: 64
 tokenizer: {tokenizer}
 model:
   config: {{model_type: qwen3, vocab_size: 512, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2,
-           num_attention_heads: 4, num_key_value_heads: 2, head_dim: 16, max_position_embeddings: 128, tie_word_embeddings: true}}
+           num_attention_heads: 4, num_key_value_heads: 2, head_dim: 16, max_position_embeddings: 128,
+           tie_word_embeddings: true}}
 data: {{train: [{{path: {text}}}], eval_share: 0.1, cache_dir: {cache}}}
 optim: {{lr: 2.0e-2, warmup_ratio: 0.1, ema: 0.5}}
 checkpoint: {{every: 5}}
@@ -140,7 +141,10 @@ def test_killed_and_started_again_is_the_undisturbed_run(seed: int, undisturbed:
     run = config.with_name("run")
     for least in (moment.randint(1, 8), moment.randint(10, STEPS - 2)):
         process = subprocess.Popen(
-            [sys.executable, "-m", "maxi", "train", str(config)], env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            [sys.executable, "-m", "maxi", "train", str(config)],
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
         )
         while process.poll() is None and steps_logged(run) < least:
             time.sleep(0.01)
@@ -178,7 +182,7 @@ def test_the_same_command_again_says_that_it_is_done(undisturbed: Path) -> None:
     assert (undisturbed / "metrics.jsonl").read_bytes() == before
 
 
-def test_resumes_on_more_devices_and_with_more_steps(undisturbed: Path, tmp_path: Path, configure: Any) -> None:
+def test_resumes_on_more_devices_and_with_more_steps(tmp_path: Path, configure: Any) -> None:
     config = configure(tmp_path, steps=10)
     maxi("train", config, "optim.schedule=constant")
     changes = ("optim.schedule=constant", "steps=14", "micro_batches=2", "mesh.tensor=2")

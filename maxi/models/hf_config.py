@@ -38,7 +38,7 @@ class HfConfig:
                     f"unsupported: {danger}", where, "maxi runs no code and no quantised weights from model folders"
                 )
 
-    def refuse(self, what: str, fix: str = "maxi trains Qwen2, Qwen3 and Llama shapes") -> ModelFolderError:
+    def refuse(self, what: str, fix: str = "take it out of the config if the model does not need it") -> ModelFolderError:
         return ModelFolderError(f"unsupported: {what}", self.where, fix)
 
     def get(self, name: str, default: Any = None) -> Any:
