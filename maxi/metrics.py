@@ -51,7 +51,7 @@ class Recorder:
         self._pending: tuple[int, Values, float] | None = None
         self._first, self._skipped, self._window = True, 0, _Window()
         self._trackers = [
-            _tensorboard(folder / "tensorboard"),
+            _tensorboard(folder / "tensorboard", start),
             *(_tracker(name, config.project, folder, run_config) for name in config.to),
         ]
         self._screen = _Screen(start, total)
@@ -208,10 +208,10 @@ Tracker = Callable[[int | None, Values], None]
 """Takes the values of a step; a step of None means that the run is over."""
 
 
-def _tensorboard(folder: Path) -> Tracker:
+def _tensorboard(folder: Path, start: int) -> Tracker:
     from tensorboardX import SummaryWriter
 
-    writer = SummaryWriter(str(folder))
+    writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)  # what an interrupted run wrote beyond
 
     def track(step: int | None, values: Values) -> None:
         for name, value in values.items():

@@ -124,6 +124,8 @@ def _begin(job: Job, checkpoints: Checkpoints) -> tuple[State, int]:
     start = saved[-1] if saved else 0
     for records in (job.run.metrics, job.run.samples, job.run.perf):
         truncate_after(records, start if saved else -1)
+    if start > job.total:
+        raise ConfigError(f"the run is at step {start} already, past steps {job.total}", "steps", "raise it")
     if saved:
         log.info("state: resumed from step %d of %d%s", start, job.total, ", all done" if start >= job.total else "")
         new = partial(steps.make_state, optimizer=job.optimizer, ema=ema)
@@ -229,6 +231,8 @@ def _compute(config: Config, model: Model) -> Compute:
 
 def _announce(job: Job) -> None:
     """What was chosen, and what will be done."""
+    for line in job.batches.describe() + (job.eval_rows.describe() if job.eval_rows else []):
+        log.info("data: %s", line)
     config, model, compute, rows = job.config, job.model, job.compute, job.batches.rows_per_epoch
     log.info(
         "model: %s, %s parameters, %d layers (%s), vocabulary %s of which the tokenizer uses %s",

@@ -180,6 +180,7 @@ def test_the_same_command_again_says_that_it_is_done(undisturbed: Path) -> None:
     out = maxi("train", undisturbed / "config.yaml").stdout
     assert "all done" in out and "done: 24 steps" in out
     assert (undisturbed / "metrics.jsonl").read_bytes() == before
+    assert "at step 24 already, past steps 9" in maxi("train", undisturbed / "config.yaml", "steps=9", expect=2).stderr
 
 
 def test_resumes_on_more_devices_and_with_more_steps(tmp_path: Path, configure: Any) -> None:
