@@ -18,7 +18,7 @@ check: $(VENV)/.test
 	$(BIN)/ruff check
 	$(BIN)/pyright
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
 
 format: $(VENV)/.test
 	$(BIN)/ruff format

@@ -107,6 +107,7 @@ class Recorder:
 
     def evaluation(self, step: int, values: Values, samples: list[tuple[str, str]]) -> None:
         """Writes an evaluation and the continuations (prompt, text) shown with it."""
+        self.drain()
         metrics = {f"eval/{name}": value for name, value in values.items() if value is not None}
         self._write("metrics", step, metrics)
         self._track(step, metrics)

@@ -1,6 +1,7 @@
 """The parameter table and what is derived from it."""
 
 import random
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from maxi import mesh, params
-from maxi.config import MeshConfig
+from maxi.config import MeshConfig, load
 from maxi.errors import ConfigError
 from maxi.models import Model, from_hf_config
 from maxi.models.model import LayerKind, blocks
@@ -183,3 +184,10 @@ def test_a_periodic_model_is_one_block() -> None:
         repeats = rng.randint(2, 6)
         (block,) = blocks(period * repeats)
         assert len(block.kinds) <= len(period)
+
+
+def test_the_mini_qwen_config_is_its_model_to_the_parameter() -> None:
+    config = load(Path(__file__).parent.parent / "configs" / "mini_qwen_1b_pretrain.yaml")
+    assert isinstance(config.model.config, dict)
+    assert params.count(from_hf_config(config.model.config).table) == 998_810_624
+    assert config.batch_size * config.seq_len == 1152 * 1024 and config.steps == 13523
