@@ -1,9 +1,9 @@
 """YAML to typed, frozen dataclasses, checked before anything is compiled.
 
 Contract: `load(path, overrides)` returns a `Config` or raises `ConfigError` naming the key, the line and the fix.
-ruamel.yaml reads YAML 1.2 (so `1e-4` is a number and `no` is a string) and finds duplicate keys; pydantic checks
-types and ranges strictly. What a combination of keys means (does the batch fit the mesh?) is decided where the
-other half is known: `mesh.py`, `train.py`. Only entry files name `Config`; everything below takes its own section.
+`yaml_file.py` reads the file; pydantic checks types and ranges strictly. What a combination of keys means (does the
+batch fit the mesh?) is decided where the other half is known: `mesh.py`, `train.py`. Only entry files name `Config`;
+everything below takes its own section.
 """
 
 import dataclasses
@@ -17,14 +17,9 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from ruamel.yaml import YAML
-from ruamel.yaml.constructor import DuplicateKeyError
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent
 
 from maxi.errors import ConfigError
-
-MAX_YAML_BYTES = 1 << 20
-MAX_YAML_DEPTH = 32
+from maxi.yaml_file import read_text, read_yaml
 
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -236,7 +231,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises ConfigError for a missing, oversized, non-UTF-8 or malformed file, an unknown key (naming the closest),
     a wrong type or range.
     """
-    tree = _read_yaml(_read_text(Path(path)), str(path))
+    tree = read_yaml(read_text(Path(path)), str(path))
     if not isinstance(tree, dict):
         what = "the config is empty" if tree is None else f"the config is a {type(tree).__name__}, not a mapping"
         raise ConfigError(what, str(path), "write keys such as run_dir: runs/first")
@@ -297,57 +292,20 @@ def _show(value: Any) -> str:
     return "[]" if value == () else "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _read_text(path: Path) -> str:
-    try:
-        if path.stat().st_size > MAX_YAML_BYTES:
-            raise ConfigError("the config is over 1 MB", str(path), "a config holds settings, data goes into files")
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise ConfigError("the config is not UTF-8", f"{path}:{line}", "save it as UTF-8") from None
-    except OSError as error:
-        raise ConfigError(f"cannot read the config, {error.strerror}", str(path), "check the path") from None
-
-
-def _read_yaml(text: str, where: str) -> Any:
-    """YAML 1.2 without anchors, aliases, tags or duplicate keys, each refused with its line."""
-    try:
-        depth = 0
-        for event in YAML(typ="safe", pure=True).parse(text):
-            depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
-            line = f"{where}:{event.start_mark.line + 1}"
-            if depth > MAX_YAML_DEPTH:
-                raise ConfigError("the YAML is nested too deeply", line, f"{MAX_YAML_DEPTH} levels are enough")
-            if isinstance(event, AliasEvent) or getattr(event, "anchor", None):
-                raise ConfigError("YAML anchors and aliases are not allowed", line, "write the value out")
-            if str(getattr(event, "tag", None) or "").strip("!"):
-                raise ConfigError("YAML tags are not allowed", line, "write a plain value")
-        return YAML(typ="safe", pure=True).load(text)
-    except DuplicateKeyError as error:
-        first, second = (mark.line + 1 if mark else 0 for mark in (error.context_mark, error.problem_mark))
-        key = str(error.problem).split('"')[1] if '"' in str(error.problem) else "?"
-        raise ConfigError(f"the key {key!r} is given twice", f"{where}:{second}", f"keep one (block at line {first})") from None
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise ConfigError(
-            f"malformed YAML, {error.problem}", f"{where}:{mark.line + 1 if mark else 1}", "check indentation and quotes"
-        ) from None
-    except YAMLError as error:
-        raise ConfigError(f"malformed YAML, {type(error).__name__}", where, "check indentation and quotes") from None
-
-
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"cannot read the override {override!r}", "command line", "write dotted.key=value")
-    value, where = _read_yaml(text, f"override {key}"), f"override {override}"
+    value, where = read_yaml(text, f"override {key}"), f"override {override}"
     *parents, last = key.split(".")
     node: Any = tree
     for part in parents:
         if isinstance(node, dict):
-            if isinstance(node.get(part), str) and part == "objective":
+            if node.get(part) is None:
+                node[part] = {}
+            elif part == "objective" and isinstance(node[part], str):
                 node[part] = {"name": node[part]}
-            node = node.setdefault(part, {}) if node.get(part) is not None else node.__setitem__(part, {}) or node[part]
+            node = node[part]
         else:
             node = node[_index(node, part, where)]
     if isinstance(node, dict):

@@ -1,5 +1,7 @@
 """Learning rates against numbers by hand; Muon against optax's own; what decays."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,28 +42,28 @@ MODEL = from_hf_config(
     ids=str,
 )
 def test_schedules(settings: dict, expected: dict[int, float]) -> None:
-    rate = optim.schedule(OptimConfig(lr=2.0, **settings), 100)
+    rate: Any = optim.schedule(OptimConfig(lr=2.0, **settings), 100)
     for step, share in expected.items():
         assert float(rate(step)) == pytest.approx(2.0 * share, abs=1e-6), step
 
 
-def _update(config: OptimConfig, grads, params):
+def _update(config: OptimConfig, grads: Any, params: Any) -> Any:
     optimizer = optim.optimizer(config, MODEL.table, optax.constant_schedule(1.0))
     return optimizer.update(grads, optimizer.init(params), params)[0]
 
 
 @pytest.fixture(scope="module")
-def params():
+def params() -> Any:
     return init(MODEL.table, jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
-def grads(params):
+def grads(params: Any) -> Any:
     return jax.tree.map(lambda w: jax.random.normal(jax.random.key(w.size), w.shape), params)
 
 
 @pytest.mark.parametrize("embeddings", [True, False])
-def test_norms_never_decay_and_embeddings_by_choice(embeddings: bool, params) -> None:
+def test_norms_never_decay_and_embeddings_by_choice(embeddings: bool, params: Any) -> None:
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates = _update(OptimConfig(weight_decay=0.5, decay_embeddings=embeddings), zeros, params)
     for name, update in updates["layers"].items():
@@ -72,19 +74,19 @@ def test_norms_never_decay_and_embeddings_by_choice(embeddings: bool, params) ->
     np.testing.assert_array_equal(updates["final_norm"], 0)
 
 
-def test_muon_takes_each_layer_as_the_matrix_it_is(params, grads) -> None:
+def test_muon_takes_each_layer_as_the_matrix_it_is(params: Any, grads: Any) -> None:
     """Against optax.contrib.muon on that one [out, in] matrix, heads flattened, with the same scaling to AdamW."""
     updates = _update(OptimConfig(name="muon", weight_decay=0.0, clip_norm=0.0), grads, params)
     shapes = {"w_q": (16, 32), "w_o": (32, 16), "w_k": (16, 16), "w_down": (24, 16), "w_up": (16, 24)}
     for name, shape in shapes.items():
         for layer in range(3):
             matrix = grads["layers"][name][layer].reshape(shape)
-            alone = contrib.muon(1.0, consistent_rms=optim.MUON_RMS)
+            alone: Any = contrib.muon(1.0, consistent_rms=optim.MUON_RMS)
             wanted = alone.update({"w": matrix}, alone.init({"w": matrix}), {"w": matrix})[0]["w"]
             np.testing.assert_allclose(updates["layers"][name][layer].reshape(shape), wanted, atol=2e-5, err_msg=name)
 
 
-def test_muon_leaves_embeddings_and_norms_to_adamw(params, grads) -> None:
+def test_muon_leaves_embeddings_and_norms_to_adamw(params: Any, grads: Any) -> None:
     muon, adamw = (_update(OptimConfig(name=name, clip_norm=0.0), grads, params) for name in ("muon", "adamw"))
     for name in ("embed", "lm_head", "final_norm"):
         np.testing.assert_array_equal(muon[name], adamw[name])
