@@ -71,8 +71,8 @@ class DataConfig:
     """Let attention (and positions) run on across the documents packed into one row."""
     cache_dir: str | None = None
     """Where tokenised rows are kept; default: maxi/rows under $XDG_CACHE_HOME or ~/.cache."""
-    workers: Natural = 0
-    """Processes that tokenise; 0: one per core."""
+    workers: Natural = 1
+    """Processes that tokenise, each with threads on all cores: more pay where reading is the slow part; 0: one per core."""
     skip_bad: Natural = 0
     """How many unreadable records to skip (each is counted) before giving up."""
 
