@@ -50,10 +50,8 @@ class Recorder:
         }
         self._pending: tuple[int, Values, float] | None = None
         self._first, self._skipped, self._window = True, 0, _Window()
-        self._trackers = [
-            _tensorboard(folder / "tensorboard", start),
-            *(_tracker(name, config.project, folder, run_config) for name in config.to),
-        ]
+        self._trackers = [_tracker(name, config.project, folder, run_config) for name in config.to]
+        self._trackers += [_tensorboard(folder / "tensorboard", start)]  # last: it runs a thread that must be closed
         self._screen = _Screen(start, total)
         self.tokens_per_s: list[float] = []
 
