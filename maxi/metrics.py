@@ -107,6 +107,8 @@ class Recorder:
         """Writes an evaluation and the continuations (prompt, text) shown with it."""
         self.drain()
         metrics = {f"eval/{name}": value for name, value in values.items() if value is not None}
+        if not metrics and not samples:
+            return
         self._write("metrics", step, metrics)
         self._track(step, metrics)
         self.say("  ".join([f"eval at step {step}", *(f"{k.removeprefix('eval/')} {v:.4g}" for k, v in metrics.items())]))
