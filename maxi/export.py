@@ -1,10 +1,10 @@
 """A run's weights as a Hugging Face folder, with a model card that says how they were made."""
 
-import json
 from pathlib import Path
 
 from maxi import config as configs
 from maxi import hf
+from maxi.errors import ModelFolderError
 from maxi.hf import Loaded
 from maxi.hf.card import default_card
 from maxi.pretrained import open_model
@@ -19,6 +19,8 @@ def export(
     Raises ModelFolderError for a folder that is no run, a step it does not have, or an `out` that exists and not `force`.
     """
     target = hf.check_target(out, force)
+    if not Run.is_run(run_dir):
+        raise ModelFolderError("not a run folder", str(run_dir), "`maxi convert` takes Hugging Face folders")
     return write(Run(run_dir), open_model(run_dir, step), target, dtype=dtype, force=force)
 
 
@@ -40,10 +42,9 @@ def write(run: Run, loaded: Loaded, out: Path, *, dtype: str | None = None, forc
 
 
 def _how_it_was_trained(run: Run, config: configs.Config) -> str:
-    lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()] if run.metrics.is_file() else []
-    evals = [line for line in lines if "eval/loss" in line]
     rows = "\n".join(
-        f"| {line['step']:,} | {line['eval/loss']:.4f} | {line.get('eval/bits_per_byte', float('nan')):.4f} |" for line in evals
+        f"| {line['step']:,} | {line['eval/loss']:.4f} | {line.get('eval/bits_per_byte', float('nan')):.4f} |"
+        for line in run.evaluations()
     )
     results = f"\n| step | held-out loss (nats/token) | bits per byte |\n|---:|---:|---:|\n{rows}\n" if rows else ""
     return f"\n## Training\n{results}\n```yaml\n{configs.to_yaml(config)}```\n"

@@ -58,6 +58,11 @@ class Run:
         self.checkpoints, self.tensorboard = self.folder / "checkpoints", self.folder / "tensorboard"
         self.metrics, self.samples, self.perf = (self.folder / f"{name}.jsonl" for name in ("metrics", "samples", "perf"))
 
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl that measure held-out text, in order of steps."""
+        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.is_file() else []
+        return [values for values in map(json.loads, lines) if "eval/loss" in values]
+
     @staticmethod
     def is_run(folder: str | Path) -> bool:
         return (Path(folder) / "config.yaml").is_file() and (Path(folder) / "run.json").is_file()

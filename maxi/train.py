@@ -284,8 +284,7 @@ def _export(job: Job, state: State) -> None:
 
 
 def _summary(job: Job, recorder: Recorder) -> Summary:
-    lines = [json.loads(line) for line in job.run.metrics.read_text(encoding="utf-8").splitlines()]
-    evals = [line for line in lines if "eval/loss" in line]
+    evals = job.run.evaluations()
     first, last = (evals[0], evals[-1]) if evals else ({}, {})
     rates = sorted(recorder.tokens_per_s)
     return Summary(

@@ -209,6 +209,7 @@ def test_export_of_a_step_and_its_refusals(undisturbed: Path, tmp_path: Path) ->
     maxi("export", undisturbed, tmp_path / "out", "--step", 20, "--dtype", "bfloat16")
     assert (tmp_path / "out" / "config.json").is_file()
     assert "exists" in maxi("export", undisturbed, tmp_path / "out", expect=4).stderr
+    assert "not a run folder" in maxi("export", tmp_path / "out", tmp_path / "none", expect=4).stderr
     assert "no checkpoint of step 7" in maxi("export", undisturbed, tmp_path / "none", "--step", 7, expect=4).stderr
 
 
