@@ -13,10 +13,13 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from maxi import __version__
 from maxi.errors import ConfigError, EnvironmentFault, MaxiError
+
+if TYPE_CHECKING:
+    from maxi.models.sampling import Sampling
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,6 +48,13 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("config", metavar="CONFIG.yaml", help="the configuration; its keys are listed below")
         command.add_argument("overrides", metavar="key=value", nargs="*", help="e.g. optim.lr=1e-4 data.train.0.path=a.txt")
 
+    command = add("check", "show what a config would train on, each token with its mask", _check)
+    command.add_argument("config", metavar="CONFIG.yaml", help="the configuration, as for train")
+    command.add_argument("overrides", metavar="key=value", nargs="*", help="as for train")
+    command.add_argument("--rows", type=int, default=2, help="rows of each source to print (default: 2)")
+    command.add_argument("--html", metavar="OUT", help="the page to write (default: check.html in the run folder)")
+    command.add_argument("--json", metavar="OUT", help="write the figures to this file too; - prints them alone")
+
     command = add("export", "write a run's weights as a Hugging Face folder", _export)
     command.add_argument("run_dir", metavar="RUN", help="a run folder")
     command.add_argument("out", metavar="OUT", help="the folder to write")
@@ -57,8 +67,14 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("out", metavar="OUT", help="the folder to write")
     command.add_argument("--force", action="store_true", help="replace OUT if it exists")
 
-    _add_eval(add("eval", "loss, perplexity and bits per byte of a model on files", _eval))
+    _add_eval(add("eval", "loss, perplexity and bits per byte of a model on files, scores of its generations", _eval))
     _add_generate(add("generate", "continue texts", _generate))
+    _add_chat(add("chat", "talk with a model", _chat))
+
+    command = add("report", "write curves, samples and configuration of runs as one HTML file", _report)
+    command.add_argument("runs", metavar="RUN", nargs="+", help="run folders, and .csv or .jsonl files of published numbers")
+    command.add_argument("--out", metavar="FILE.html", help="default: RUN/report.html, for several runs ./report.html")
+    command.add_argument("--png", metavar="DIR", help="folder for the curves as PNG (default: FILE_files, beside it)")
 
     command = add("tokenizer", "train a byte-level BPE tokenizer of Qwen2's kind", _tokenizer)
     command.add_argument("files", metavar="FILES", nargs="+", help="sources, as data.train takes them")
@@ -71,24 +87,43 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_eval(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", metavar="MODEL", help="a run folder or a Hugging Face folder")
-    command.add_argument("--data", metavar="FILE", nargs="+", required=True, help="sources, as data.train takes them")
+    command.add_argument("--data", metavar="FILE", nargs="+", default=[], help="sources, as data.train takes them")
     command.add_argument("--field", default="text", help="column or JSON field of the text (default: text)")
+    command.add_argument("--prompt", metavar="TEXT", action="append", default=[], help="continue this; may be repeated")
+    command.add_argument("--prompts", metavar="FILE", help="a .txt of one a line, or a .jsonl with `prompt` or `messages`")
+    command.add_argument("--chat", action="store_true", help="prompts are what a user says, the model answers")
+    command.add_argument("--max-new-tokens", type=int, default=256, help="of a generation (default: 256)")
     command.add_argument("--json", metavar="OUT", help="write the figures to this file too")
-    command.add_argument("--rows", action="store_true", help="figures of every document as well")
+    command.add_argument("--rows", action="store_true", help="figures of every document, and the generations, as well")
     command.add_argument("--seq-len", type=int, help="longest context (default: 1024, or what the model has)")
-    command.add_argument("--batch-size", type=int, default=8, help="rows at a time (default: 8)")
+    command.add_argument("--batch-size", type=int, default=8, help="rows or prompts at a time (default: 8)")
 
 
 def _add_generate(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", metavar="MODEL", help="a run folder or a Hugging Face folder")
     command.add_argument("--prompt", metavar="TEXT", action="append", required=True, help="repeat it for several at once")
-    command.add_argument("--max-new-tokens", type=int, default=128, help="length limit (default: 128)")
-    command.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token (default: 1)")
-    command.add_argument("--top-k", type=int, default=0, help="only the k likeliest tokens; 0: all (default)")
-    command.add_argument("--top-p", type=float, default=1.0, help="only the likeliest tokens that make up p (default: 1)")
-    command.add_argument("--min-p", type=float, default=0.0, help="only tokens of at least this share of the likeliest's")
-    command.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: tokens already there count less")
-    command.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    command.add_argument("--chat", action="store_true", help="prompts are what a user says, the model answers")
+    command.add_argument("--system", metavar="TEXT", help="with --chat: what the model is told first")
+    _add_sampling(command, max_new_tokens=128, temperature=1.0, top_p=1.0)
+
+
+def _add_chat(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", metavar="MODEL", help="a run folder or a Hugging Face folder, with a chat template")
+    command.add_argument("--system", metavar="TEXT", help="what the model is told first")
+    _add_sampling(command, max_new_tokens=512, temperature=0.7, top_p=0.9)
+
+
+def _add_sampling(command: argparse.ArgumentParser, max_new_tokens: int, temperature: float, top_p: float) -> None:
+    def add(option: str, default: float, what: str) -> None:
+        command.add_argument(option, type=type(default), default=default, help=f"{what} (default: {default:g})")
+
+    add("--max-new-tokens", max_new_tokens, "length limit")
+    add("--temperature", temperature, "0: always the likeliest token")
+    add("--top-k", 0, "only the k likeliest tokens; 0: all")
+    add("--top-p", top_p, "only the likeliest tokens that make up p; 1: all")
+    add("--min-p", 0.0, "only tokens of at least this share of the likeliest's")
+    add("--repetition-penalty", 1.0, "above 1: tokens already there count less")
+    add("--seed", 0, "of the sampling")
 
 
 class _KeysHelp(argparse.RawDescriptionHelpFormatter):
@@ -111,10 +146,9 @@ def _train(args: argparse.Namespace) -> None:
     config = load(args.config, args.overrides)
     summary = train(config)
     parts = [f"{summary.steps} steps"]
-    if summary.loss_after is not None:
-        parts += [f"held-out loss {summary.loss_before:.4f} -> {summary.loss_after:.4f}"]
-    if summary.bits_per_byte is not None:
-        parts += [f"{summary.bits_per_byte:.4f} bits per byte"]
+    names = {"loss": "held-out loss", "bits_per_byte": "bits per byte", "rewards/accuracies": "accuracy"}
+    for name in (name for name in names if name in summary.after):
+        parts += [f"{names[name]} {summary.before[name]:.4f} -> {summary.after[name]:.4f}"]
     print(f"done: {', '.join(parts)}; model: {summary.export or summary.run_dir}")
 
 
@@ -124,11 +158,18 @@ def _config(args: argparse.Namespace) -> None:
     print(to_yaml(load(args.config, args.overrides)), end="")
 
 
+def _check(args: argparse.Namespace) -> None:
+    from maxi.check import run_check
+    from maxi.config import load
+
+    run_check(load(args.config, args.overrides), rows=args.rows, html_out=args.html, json_out=args.json)
+
+
 def _quickstart(args: argparse.Namespace) -> None:
     from maxi.config import load
     from maxi.quickstart import quickstart
 
-    quickstart(load(args.config, args.overrides), args.config)
+    quickstart(load(args.config, args.overrides), args.config, args.overrides)
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -152,6 +193,10 @@ def _eval(args: argparse.Namespace) -> None:
         args.model,
         args.data,
         field=args.field,
+        prompts=args.prompt,
+        prompts_file=args.prompts,
+        chat=args.chat,
+        max_new_tokens=args.max_new_tokens,
         json_out=args.json,
         rows=args.rows,
         seq_len=args.seq_len,
@@ -161,12 +206,32 @@ def _eval(args: argparse.Namespace) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from maxi.generation import Sampling, run_generate
+    from maxi.chat import run_generate
     from maxi.runtime import keep_compiled_programs
 
     keep_compiled_programs()
+    run_generate(args.model, args.prompt, _sampling(args), chat=args.chat, system=args.system, out=sys.stdout)
+
+
+def _chat(args: argparse.Namespace) -> None:
+    from maxi.chat import run_chat
+    from maxi.runtime import keep_compiled_programs
+
+    keep_compiled_programs()
+    run_chat(args.model, _sampling(args), system=args.system, source=sys.stdin, out=sys.stdout)
+
+
+def _sampling(args: argparse.Namespace) -> "Sampling":
+    from maxi.models.sampling import Sampling
+
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-    run_generate(args.model, args.prompt, Sampling(**{name: getattr(args, name) for name in names}), out=sys.stdout)
+    return Sampling(**{name: getattr(args, name) for name in names})
+
+
+def _report(args: argparse.Namespace) -> None:
+    from maxi.report import report
+
+    print(report(args.runs, args.out, png=args.png))
 
 
 def _tokenizer(args: argparse.Namespace) -> None:

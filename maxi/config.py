@@ -10,9 +10,9 @@ import dataclasses
 import difflib
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -38,6 +38,8 @@ class ModelConfig:
 
     init_from: str | None = None
     """A Hugging Face folder or a run folder whose weights (and tokenizer, unless named) to start from."""
+    reference: str | None = None
+    """dpo, kto: a folder of that kind whose log-probabilities to compare with; default: the weights the run starts from."""
     config: str | dict[str, Any] | None = None
     """A Hugging Face config.json (path), or its fields inline; with init_from, fields to change in its config."""
 
@@ -52,6 +54,8 @@ class Source:
     """Share of rows drawn from this source, relative to the others."""
     field: str = "text"
     """The column or JSON field that holds the text."""
+    fields: dict[str, str] = Field(default_factory=dict)
+    """For conversations: what the usual fields are called here, e.g. {question: q, answer: a}; common layouts need none."""
 
 
 Sources = tuple[Source, ...]
@@ -78,13 +82,114 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
-class ObjectiveConfig:
-    """What is learned. `objective: pretrain` is short for `objective: {name: pretrain}`."""
+class ChatConfig:
+    """How conversations become tokens, for every objective but pretrain."""
+
+    template: str | None = None
+    """The chat template: chatml (maxi's own) or a .jinja file; default: the tokenizer's own. It goes into the export."""
+    template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Variables for the template, e.g. {enable_thinking: false}."""
+    train_on: Literal["all", "last"] = "all"
+    """Which assistant turns of a conversation are learned; a row's own train, weight or loss_weight goes before."""
+    train_on_prompt: bool = False
+    """Learn all other tokens too (sft only)."""
+    too_long: Literal["drop", "truncate_left", "truncate_right"] = "drop"
+    """What is over seq_len: drop it, take whole turns from the left of its history, or cut it on the right; counted."""
+    max_dropped: Share = 0.05
+    """The largest share of rows that may be dropped because nothing of them is left to learn."""
+    system: str | None = None
+    """A system prompt for rows without one."""
+    system_share: Share = 1.0
+    """The share of rows without a system prompt that get it, chosen by their hash."""
+    system_by: str | None = None
+    """A column whose value picks a prompt from system_prompts, for the rows that did not get `system`."""
+    system_prompts: dict[str, str] = Field(default_factory=dict)
+    """Value of the column system_by -> system prompt."""
+    pack: bool = True
+    """Several samples in a row, each with attention and positions of its own; false: one sample a row, padded."""
+    share_prompt: bool = True
+    """Compute the common prompt of a pair once (dpo, kto); false: each answer with its own copy of the prompt."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class PretrainConfig:
+    """Predict the next token of every document."""
 
     name: Literal["pretrain"] = "pretrain"
-    """pretrain: predict the next token of every document."""
+    """What is learned. `objective: dpo` is short for `objective: {name: dpo}`."""
     z_loss: NonNegative = 0.0
     """Weight of the squared log-normaliser (PaLM, arXiv:2204.02311, section 5), which keeps logits small."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class SFTConfig:
+    """Predict the assistant's turns of every conversation."""
+
+    name: Literal["sft"] = "sft"
+    """What is learned."""
+    z_loss: NonNegative = 0.0
+    """Weight of the squared log-normaliser (PaLM, arXiv:2204.02311, section 5), which keeps logits small."""
+
+
+DPOLoss = Literal[
+    "sigmoid",
+    "sigmoid_norm",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "simpo",
+    "orpo",
+]
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class DPOConfig:
+    """Prefer chosen answers to rejected ones."""
+
+    name: Literal["dpo"] = "dpo"
+    """What is learned."""
+    loss_type: Annotated[tuple[DPOLoss, ...], Field(min_length=1)] = ("sigmoid",)
+    """One or more of TRL's: sigmoid (DPO), sigmoid_norm, hinge, ipo, exo_pair, nca_pair, robust, bco_pair, sppo_hard,
+    apo_zero, apo_down, discopop, sft; and the reference-free simpo and orpo."""
+    loss_weights: Annotated[tuple[float, ...], Field(min_length=1)] | None = None
+    """Weights of the losses in loss_type; default: 1 each."""
+    beta: Positive = 0.1
+    """How closely the policy is held to the reference; for ipo its tau, for orpo its lambda."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Probability that a preference is the wrong way round: sigmoid (then cDPO), sigmoid_norm, simpo, robust, exo_pair."""
+    rpo_alpha: NonNegative = 0.0
+    """Weight of the negative log-likelihood of chosen answers (RPO, arXiv:2404.19733)."""
+    simpo_gamma: NonNegative = 0.5
+    """simpo: the margin to reach."""
+    discopop_tau: Positive = 0.05
+    """discopop: the temperature of its blend."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class KTOConfig:
+    """Learn from answers labelled good or bad, without pairs."""
+
+    name: Literal["kto"] = "kto"
+    """What is learned."""
+    loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"
+    """As TRL names them."""
+    beta: Positive = 0.1
+    """How closely the policy is held to the reference."""
+    desirable_weight: NonNegative = 1.0
+    """Weight of answers labelled good."""
+    undesirable_weight: NonNegative = 1.0
+    """Weight of answers labelled bad."""
+
+
+ObjectiveConfig = Annotated[PretrainConfig | SFTConfig | DPOConfig | KTOConfig, Field(discriminator="name")]
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -170,7 +275,7 @@ class EvalConfig:
     max_rows: Count = 512
     """At most this many rows of seq_len per evaluation, always the same ones."""
     prompts: tuple[str, ...] = ()
-    """Texts that are continued greedily at every evaluation."""
+    """Texts that are continued greedily at every evaluation, or answered as a user's turn where conversations are learned."""
     max_new_tokens: Count = 48
     """Length of those continuations."""
 
@@ -209,7 +314,8 @@ class Config:
     """A folder with a tokenizer; default: the one of model.init_from."""
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
-    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    chat: ChatConfig = Field(default_factory=ChatConfig)
+    objective: ObjectiveConfig = Field(default_factory=PretrainConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
     mesh: MeshConfig = Field(default_factory=MeshConfig)
     compute: ComputeConfig = Field(default_factory=ComputeConfig)
@@ -245,6 +351,8 @@ def from_tree(tree: dict[str, Any], where: str) -> Config:
     tree = dict(tree)
     if isinstance(tree.get("objective"), str):
         tree["objective"] = {"name": tree["objective"]}
+    elif isinstance(tree.get("objective"), dict):
+        tree["objective"] = {"name": "pretrain", **tree["objective"]}
     try:
         config = _ADAPTER.validate_json(json.dumps(tree, default=str))  # strict JSON: mappings and lists, no other coercion
     except ValidationError as error:
@@ -282,14 +390,41 @@ def _document(cls: Any, prefix: str) -> Iterator[tuple[str, str, str]]:
         if dataclasses.is_dataclass(section):
             yield from _document(section, name + ".")
             continue
+        if info.discriminator:
+            yield from _document_kinds(get_args(section), name)
+            continue
         default = "required" if info.is_required() else _show(info.get_default(call_default_factory=True))
         yield name, default, info.description or ""
         if info.annotation == tuple[Source, ...]:
             yield from ((f"{name}[].{n}", d, t) for n, d, t in _document(Source, "") if field.name == "train")
 
 
+def _document_kinds(kinds: Sequence[Any], prefix: str) -> Iterator[tuple[str, str, str]]:
+    """Each key of several classes once, saying which of them have it; the first is the default."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for kind in kinds:
+        own = kind.__pydantic_fields__["name"].get_default()
+        for key, default, text in _document(kind, prefix + "."):
+            if key != prefix + ".name":
+                found.setdefault((key, default, text), []).append(own)
+    names = [f"{kind.__pydantic_fields__['name'].get_default()}: {kind.__doc__}" for kind in kinds]
+    yield prefix + ".name", kinds[0].__pydantic_fields__["name"].get_default(), " ".join(names)
+    for (key, default, text), owners in found.items():
+        yield key, default, f"({', '.join(owners)}) {text}"
+
+
 def _show(value: Any) -> str:
-    return "[]" if value == () else "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return (
+        "{}"
+        if value == {}
+        else "[]"
+        if value == ()
+        else "none"
+        if value is None
+        else str(value).lower()
+        if isinstance(value, bool)
+        else str(value)
+    )
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -324,7 +459,10 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
     """The first of pydantic's findings, as one line."""
     found = error.errors(include_url=False)
     first = next((e for e in found if e["type"] == "unexpected_keyword_argument"), found[0])
-    key = ".".join(str(part) for part in first["loc"])
+    loc = list(first["loc"])
+    if loc[:1] == ["objective"] and len(loc) > 2:
+        del loc[1]  # which of the objectives pydantic was reading
+    key = ".".join(str(part) for part in loc)
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     if first["type"] == "unexpected_keyword_argument":
         known = [name for name, _, _ in documentation()] + [f.name for f in dataclasses.fields(Config)]
@@ -356,6 +494,7 @@ def _check_together(config: Config, where: str) -> None:
         refuse("there is no tokenizer", "give tokenizer: FOLDER (`maxi tokenizer` trains one)")
     if not config.data.train:
         refuse("data.train is empty", "give data.train: [{path: FILE}]")
+    _check_objective(config, refuse)
     optim = config.optim
     if optim.warmup_steps is not None and optim.warmup_ratio is not None:
         refuse("optim.warmup_steps and optim.warmup_ratio are both given", "keep one")
@@ -365,3 +504,18 @@ def _check_together(config: Config, where: str) -> None:
         refuse("more than one mesh axis is -1", "give all but one of mesh.replica, mesh.fsdp, mesh.tensor")
     if 0 in (config.mesh.replica, config.mesh.fsdp, config.mesh.tensor):
         refuse("a mesh axis is 0", "use 1 for an axis that is not split, -1 for the rest of the devices")
+
+
+def _check_objective(config: Config, refuse: Callable[[str, str], None]) -> None:
+    objective, chat = config.objective, config.chat
+    if isinstance(objective, DPOConfig):
+        if objective.loss_weights is not None and len(objective.loss_weights) != len(objective.loss_type):
+            refuse("objective.loss_weights and objective.loss_type differ in length", "give one weight a loss")
+        if "exo_pair" in objective.loss_type and not objective.label_smoothing:
+            refuse("exo_pair needs objective.label_smoothing above 0", "set it to 0.001 or so")
+    if config.model.reference and not isinstance(objective, DPOConfig | KTOConfig):
+        refuse(f"model.reference has no meaning for {objective.name}", "remove it, or set objective: dpo")
+    if chat.train_on_prompt and objective.name != "sft":
+        refuse(f"chat.train_on_prompt has no meaning for {objective.name}", "remove it, or set objective: sft")
+    if chat.system_prompts and chat.system_by is None:
+        refuse("chat.system_prompts needs the column that picks from it", "set chat.system_by")

@@ -19,6 +19,7 @@ DIMS: dict[str, str] = {
     "H": "head_dim",
     "M": "micro-batches",
     "C": "chunks or blocks",
+    "P": "pairs of answers in a row",
 }
 
 MESH_AXES: tuple[str, ...] = ("replica", "fsdp", "tensor")

@@ -1,55 +1,58 @@
-"""How well a model predicts text: loss in nats per token, perplexity, and bits per byte, which tokenizers share.
+"""How well a model predicts text, and how it goes on by itself.
+
+Loss in nats per token, perplexity, and bits per byte, which tokenizers share; and the scores of greedy completions
+(`scores.py`).
 
 Every token of a document is predicted but its first, the end-of-sequence token after it too. A document longer than
 `seq_len` is cut into windows, each of which starts without context; the token after a window's last is still predicted
-by that window. Windows are packed into rows with segments and positions, which changes speed and nothing else.
+by that window. Windows are packed into rows with segments and positions (`maxi.data.windows`), which changes speed and
+nothing else.
 
 Bits per byte divide the nats of the predicted tokens that stand for text by the bytes of those tokens, so special
 tokens (the end of sequence) count on neither side, and neither does a document's first token. Sums are float64.
 """
 
-import dataclasses
 import json
 import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maxi.config import Source
-from maxi.data.documents import Budget, read
-from maxi.errors import ConfigError, DataError, ModelFolderError, NumericsError
-from maxi.generation import Same
+from maxi import scores
+from maxi.data import prompts as prompt_files
+from maxi.data.windows import Window, cut, encoded, packed
+from maxi.errors import ConfigError, DataError, NumericsError
+from maxi.generation import Prompt, Same, complete, conversation, ids_of, open_chat, tokenizer_of, unstacked, visible
 from maxi.models import Model, decoder
 from maxi.models.decoder import Compute
+from maxi.models.sampling import Sampling
+from maxi.objectives import Sums
 from maxi.params import Tree
 from maxi.pretrained import open_model
 from maxi.run import write_whole
 
 if TYPE_CHECKING:
+    from maxi.data.chat_template import ChatTemplate
     from maxi.data.tokenizer import Tokenizer
     from maxi.hf import Loaded
 
 log = logging.getLogger("maxi")
 
+T = TypeVar("T")
 Batch = dict[str, np.ndarray]
 StepFn = Callable[[Tree, Any], jax.Array]
 
 MAX_SEQ_LEN = 1024
 """The default `seq_len`, unless the model's max_position_embeddings is less."""
-ENCODE_AT_ONCE = 256
-"""Documents tokenised together."""
-POOL_ROWS = 64
-"""Rows' worth of windows from which rows are packed: more leaves fewer gaps and holds more documents in memory."""
-WIDTH_STEP = 256
-"""The last batch is no wider than it must be, in multiples of this."""
 
 
 def eval_step(model: Model, compute: Compute) -> StepFn:
@@ -112,13 +115,38 @@ def measure(
     predicted.
     """
     sums = _Sums()
-    for batch, nats_BT in _scored(step_fn, params, batches, place):
+    for batch, logprobs_BT in _ahead(step_fn, params, batches, place):
+        nats_BT = -np.asarray(logprobs_BT, np.float64)
         weight_BT = np.asarray(batch["loss_weight"], np.float64)
         counts = weight_BT > 0
         sums.add(nats_BT[counts], weight_BT[counts], _bytes_of(batch["targets"][counts], token_bytes))
     if not sums.tokens:
         raise DataError("there is no token to predict", "evaluation", "give documents of at least two tokens")
     return sums.figures()
+
+
+def measure_sums(
+    step_fn: Callable[[Tree, Any], Sums],
+    params: Tree,
+    batches: Iterable[Batch],
+    place: Callable[[Batch], Any] | None = None,
+) -> dict[str, float]:
+    """An objective's own figures over `batches`: `loss`, and its metrics by their names without `train/`.
+
+    step_fn: (params, batch) to the `Sums` of the whole batch. Numerators and denominators are added up in float64 and
+    divided once; a metric whose denominator is 0 is 0, and a metric named train/loss is the `loss`, as in training.
+    Raises DataError when the weights of all batches come to nothing.
+    """
+    totals: dict[str, np.ndarray] = {}
+    weight = 0.0
+    for _, sums in _ahead(step_fn, params, batches, place):
+        weight += float(sums.weight)
+        for name, pair in {"train/loss": (sums.loss, sums.weight), **sums.metrics}.items():
+            name = name.removeprefix("train/")
+            totals[name] = totals.get(name, 0.0) + np.array([float(part) for part in pair])
+    if not weight:
+        raise DataError("there is nothing to measure", "evaluation", "give rows that count in the loss")
+    return {name: float(total / count) if count else 0.0 for name, (total, count) in totals.items()}
 
 
 def evaluate(
@@ -148,55 +176,110 @@ def evaluate(
     if seq_len > model.rope.max_position:
         log.warning("eval: seq_len %d is over the model's max_position_embeddings %d", seq_len, model.rope.max_position)
     begun = time.monotonic()
-    corpus = _Corpus(tokenizer, paths, field)
-    batches = _packed(corpus.windows(seq_len), seq_len, batch_size)
+    where: list[str] = []
+    sums: list[_Sums] = []
+
+    def windows() -> Iterator[Window]:
+        for name, ids in encoded(tokenizer, paths, field):
+            where.append(name)
+            sums.append(_Sums())
+            yield from cut(len(sums) - 1, ids, seq_len)
+
     step_fn, token_bytes = eval_step(model, compute or Compute(dtype=loaded.params["embed"].dtype)), tokenizer.token_bytes()
-    for batch, nats_BT in _scored(step_fn, loaded.params, batches, None):
-        _count(corpus.sums, batch, nats_BT, token_bytes)
+    for batch, logprobs_BT in _ahead(step_fn, loaded.params, packed(windows(), seq_len, batch_size), None):
+        _count(sums, batch, -np.asarray(logprobs_BT, np.float64), token_bytes)
     total = _Sums()
-    for sums in corpus.sums:
-        for name, value in vars(sums).items():
+    for part in sums:
+        for name, value in vars(part).items():
             setattr(total, name, getattr(total, name) + value)
     if not total.tokens:
         raise DataError("there is no token to predict", ", ".join(paths), "give documents of at least two tokens")
     if not math.isfinite(total.nats):
         raise NumericsError("the loss is not finite", "eval", "the model's weights are damaged or diverged")
     seconds = time.monotonic() - begun
-    report: dict[str, Any] = total.figures() | {"documents": len(corpus.where), "bytes": None, "seconds": seconds}
+    report: dict[str, Any] = total.figures() | {"documents": len(where), "bytes": None, "seconds": seconds}
     if token_bytes is not None:
         report["bytes"] = int(total.text_bytes)
     report["tokens_per_s"] = total.tokens / seconds
     if rows:
-        pairs = zip(corpus.where, corpus.sums, strict=True)
-        report["rows"] = [{"where": where} | sums.figures() for where, sums in pairs]
+        report["rows"] = [{"where": name} | part.figures() for name, part in zip(where, sums, strict=True)]
+    return report
+
+
+def score_prompts(
+    loaded: "Loaded",
+    prompts: Sequence[tuple[str, Prompt]],
+    *,
+    max_new_tokens: int,
+    chat: "ChatTemplate | None" = None,
+    batch_size: int = 8,
+    rows: bool = False,
+) -> dict[str, Any]:
+    """The mean scores (`maxi.scores`) of a model's greedy completions of (where, prompt), and how many `prompts` there were.
+
+    With `chat` texts are what a user says; messages need it. With `rows` also `generations`, a list of {where, prompt,
+    text, tokens} and the scores of each, in order. Raises as `maxi.generation.complete` does, ConfigError for a batch_size
+    below 1.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size {batch_size}", "eval", "it must be at least 1")
+    asked = [(where, conversation(prompt) if chat and isinstance(prompt, str) else prompt) for where, prompt in prompts]
+    ids = [ids_of(loaded, prompt, chat, where) for where, prompt in asked]
+    fast, sampling, made = unstacked(loaded), Sampling(max_new_tokens=max_new_tokens), []
+    for first in range(0, len(prompts), batch_size):
+        made += complete(fast, ids[first : first + batch_size], sampling, chat=chat)
+    report: dict[str, Any] = {"prompts": len(prompts), "max_new_tokens": max_new_tokens}
+    report |= scores.summary((completion.ids, completion.stopped) for completion in made)
+    if rows:
+        report["generations"] = [
+            {"where": where, "prompt": prompt, "text": one.text, "tokens": len(one.ids)} | scores.score(one.ids, one.stopped)
+            for (where, prompt), one in zip(prompts, made, strict=True)
+        ]
     return report
 
 
 def table(report: dict[str, Any]) -> str:
-    """A report of `evaluate` as plain text: its documents, if it has them, then the whole."""
-    lines = []
+    """A report of `evaluate` or `score_prompts`, or both, as plain text: the rows, if it has them, then the whole."""
+    documents = _documents(report) if "loss" in report else ()
+    return "\n".join([*documents, *(_generations(report) if "prompts" in report else ())])
+
+
+def _documents(report: dict[str, Any]) -> Iterator[str]:
     if "rows" in report:
-        lines += [f"{'loss':>9} {'perplexity':>12} {'bits/byte':>9} {'tokens':>9}  document"]
-        lines += ["{} {} {} {:>9,}  {}".format(*_shown(row), row["tokens"], row["where"]) for row in report["rows"]] + [""]
+        yield f"{'loss':>9} {'perplexity':>12} {'bits/byte':>9} {'tokens':>9}  document"
+        yield from ("{} {} {} {:>9,}  {}".format(*_shown(row), row["tokens"], row["where"]) for row in report["rows"])
+        yield ""
     loss, perplexity, bits = (text.strip() for text in _shown(report))
     size = "" if report["bytes"] is None else f", {report['bytes']:,} bytes"
-    return "\n".join(
-        [
-            *lines,
-            f"loss           {loss} nats per token",
-            f"perplexity     {perplexity}",
-            f"bits per byte  {bits}",
-            f"tokens         {report['tokens']:,} predicted in {report['documents']:,} documents{size}",
-            f"time           {report['seconds']:.1f} s, {report['tokens_per_s']:,.0f} tokens/s",
-        ]
-    )
+    yield f"loss           {loss} nats per token"
+    yield f"perplexity     {perplexity}"
+    yield f"bits per byte  {bits}"
+    yield f"tokens         {report['tokens']:,} predicted in {report['documents']:,} documents{size}"
+    yield f"time           {report['seconds']:.1f} s, {report['tokens_per_s']:,.0f} tokens/s"
+
+
+def _generations(report: dict[str, Any]) -> Iterator[str]:
+    for row in report.get("generations", ()):
+        prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1].get("content")
+        ended = "stopped" if row["stopped"] else "cut"
+        repeats = f"repeated 4-grams {row['repeated_4grams']:.4f}, longest loop {row['longest_loop']:.0f}"
+        yield f"--- {row['where']}: {row['tokens']:,} tokens, {ended}, {repeats}"
+        yield visible(f"{prompt}\n--> {row['text']}\n")
+    yield f"repeated 4-grams  {report['repeated_4grams']:.4f} of all 4-grams"
+    yield f"distinct          {report['distinct_1']:.4f} of tokens, {report['distinct_2']:.4f} of pairs"
+    yield f"longest loop      {report['longest_loop']:.1f} tokens"
+    yield f"stopped           {report['stopped']:.4f} of {report['prompts']:,} within {report['max_new_tokens']:,} tokens"
 
 
 def run_eval(
     model_path: str | Path,
-    paths: Sequence[str],
+    paths: Sequence[str] = (),
     *,
     field: str = "text",
+    prompts: Sequence[str] = (),
+    prompts_file: str | None = None,
+    chat: bool = False,
+    max_new_tokens: int = 256,
     json_out: str | Path | None = None,
     rows: bool = False,
     seq_len: int | None = None,
@@ -205,11 +288,28 @@ def run_eval(
 ) -> None:
     """`maxi eval`: the table to `out`, and the report as JSON to `json_out`, written whole or not at all.
 
-    Raises as `open_model` and `evaluate` do, ConfigError when `json_out` cannot be written.
+    Documents of `paths` are measured, `prompts` and those of `prompts_file` completed and scored. Raises as `open_model`,
+    `evaluate`, `maxi.data.prompts.read` and `score_prompts` do, ConfigError when there is nothing to do, for `chat` without
+    prompts or without a template, and when `json_out` cannot be written.
     """
     if json_out is not None and not Path(json_out).expanduser().parent.is_dir():
         raise ConfigError("the folder of --json does not exist", str(json_out), "create it first")
-    report = evaluate(open_model(model_path), paths, field=field, seq_len=seq_len, batch_size=batch_size, rows=rows)
+    asked: list[tuple[str, Prompt]] = [(f"--prompt {number}", prompt) for number, prompt in enumerate(prompts, 1)]
+    if prompts_file is not None:
+        asked += prompt_files.read(prompts_file)
+    if not paths and not asked:
+        raise ConfigError("there is nothing to evaluate", "eval", "give --data, --prompt or --prompts")
+    if chat and not asked:
+        raise ConfigError("--chat is about prompts", "eval", "give --prompt or --prompts")
+    loaded = open_model(model_path)
+    report: dict[str, Any] = {}
+    if paths:
+        report |= evaluate(loaded, paths, field=field, seq_len=seq_len, batch_size=batch_size, rows=rows)
+    if asked:
+        with open_chat(loaded) if chat else nullcontext() as template:
+            report |= score_prompts(
+                loaded, asked, max_new_tokens=max_new_tokens, chat=template, batch_size=batch_size, rows=rows
+            )
     out.write(table(report) + "\n")
     if json_out is not None:
         report = {"model": str(model_path), "data": list(paths)} | report
@@ -230,130 +330,30 @@ def _shown(figures: dict[str, Any]) -> tuple[str, str, str]:
 
 def _tokenizer(loaded: "Loaded") -> "Tokenizer":
     """Raises ModelFolderError when there is none, ConfigError when it has ids that the model does not know."""
-    if loaded.tokenizer is None:
-        raise ModelFolderError("the model's folder has no tokenizer", str(loaded.folder), "put tokenizer.json there")
-    ids, known = loaded.tokenizer.vocab_size, loaded.model.vocab_size
+    tokenizer = tokenizer_of(loaded)
+    ids, known = tokenizer.vocab_size, loaded.model.vocab_size
     if ids > known:
         what = f"the tokenizer has {ids:,} ids but the model {known:,}"
         raise ConfigError(what, str(loaded.folder), "take the tokenizer that belongs to the model")
-    return loaded.tokenizer
+    return tokenizer
 
 
 def _bytes_of(targets: np.ndarray, token_bytes: np.ndarray | None) -> np.ndarray | None:
     return None if token_bytes is None else token_bytes[targets].astype(np.float64)
 
 
-def _scored(
-    step_fn: StepFn, params: Tree, batches: Iterable[Batch], place: Callable[[Batch], Any] | None
-) -> Iterator[tuple[Batch, np.ndarray]]:
-    """(batch, nats float64 [B, T]); the device works on the next batch while the caller looks at one."""
-    waiting: tuple[Batch, jax.Array] | None = None
+def _ahead(
+    step_fn: Callable[[Tree, Any], T], params: Tree, batches: Iterable[Batch], place: Callable[[Batch], Any] | None
+) -> Iterator[tuple[Batch, T]]:
+    """(batch, what `step_fn` made of it); the device works on the next batch while the caller looks at one."""
+    waiting: tuple[Batch, T] | None = None
     for batch in batches:
         started = batch, step_fn(params, place(batch) if place else {k: jnp.asarray(v) for k, v in batch.items()})
         if waiting:
-            yield waiting[0], -np.asarray(waiting[1], np.float64)
+            yield waiting
         waiting = started
     if waiting:
-        yield waiting[0], -np.asarray(waiting[1], np.float64)
-
-
-@dataclass
-class _Corpus:
-    """Documents as they are read: `where` each is and the `sums` of its predictions."""
-
-    tokenizer: "Tokenizer"
-    paths: Sequence[str]
-    field: str
-    where: list[str] = dataclasses.field(default_factory=list)
-    sums: list[_Sums] = dataclasses.field(default_factory=list)
-
-    def windows(self, seq_len: int) -> Iterator[tuple[int, np.ndarray]]:
-        """(number of the document, its ids): at most seq_len inputs and, one on, their targets, so seq_len + 1 ids."""
-        for documents in self._groups():
-            encoded = self.tokenizer.encode([document.text for document in documents])
-            for document, text_ids in zip(documents, encoded, strict=True):
-                number = len(self.where)
-                self.where.append(document.where)
-                self.sums.append(_Sums())
-                ids = np.append(text_ids, np.int32(self.tokenizer.eos_id))
-                for first in range(0, len(ids) - 1, seq_len):
-                    yield number, ids[first : first + seq_len + 1]
-
-    def _groups(self) -> Iterator[list[Any]]:
-        group: list[Any] = []
-        for path in self.paths:
-            for document in read(Source(path=path, field=self.field), Budget()):
-                group.append(document)
-                if len(group) == ENCODE_AT_ONCE:
-                    yield group
-                    group = []
-        if group:
-            yield group
-
-
-Window = tuple[int, np.ndarray]
-
-
-def _packed(windows: Iterable[Window], seq_len: int, batch_size: int) -> Iterator[Batch]:
-    """Batches [batch_size, seq_len] of whole windows, longest first into the first row with room.
-
-    Beside tokens, targets, positions and segments there is `documents`: the number of each token's, -1 for padding.
-    All batches have one shape but the last, which is no larger than it must be.
-    """
-    pool: list[Window] = []
-    held = 0
-    for window in windows:
-        pool.append(window)
-        held += len(window[1]) - 1
-        if held >= max(POOL_ROWS, 2 * batch_size) * seq_len:
-            packed = _first_fit(pool, seq_len)
-            whole = len(packed) // batch_size * batch_size
-            for first in range(0, whole, batch_size):
-                yield _batch(packed[first : first + batch_size], batch_size, seq_len)
-            pool = [window for row in packed[whole:] for window in row]
-            held = sum(len(ids) - 1 for _, ids in pool)
-    packed = _first_fit(pool, seq_len)
-    for first in range(0, len(packed), batch_size):
-        some = packed[first : first + batch_size]
-        width, rows = seq_len, batch_size
-        if len(some) < batch_size:
-            longest = max(sum(len(ids) - 1 for _, ids in row) for row in some)
-            width, rows = (
-                min(seq_len, -(-longest // WIDTH_STEP) * WIDTH_STEP),
-                min(batch_size, 1 << (len(some) - 1).bit_length()),
-            )
-        yield _batch(some, rows, width)
-
-
-def _first_fit(windows: list[Window], seq_len: int) -> list[list[Window]]:
-    rows: list[list[Window]] = []
-    room: list[int] = []
-    full = 0  # rows before this have no room for anything
-    for window in sorted(windows, key=lambda window: -len(window[1])):
-        size = len(window[1]) - 1
-        place = next((i for i in range(full, len(rows)) if room[i] >= size), len(rows))
-        if place == len(rows):
-            rows.append([])
-            room.append(seq_len)
-        rows[place].append(window)
-        room[place] -= size
-        while full < len(rows) and not room[full]:
-            full += 1
-    return rows
-
-
-def _batch(rows: list[list[Window]], B: int, T: int) -> Batch:
-    batch = {name: np.zeros((B, T), np.int32) for name in ("tokens", "targets", "positions", "segments")}
-    batch["documents"] = np.full((B, T), -1, np.int32)
-    for number, row in enumerate(rows):
-        at = 0
-        for segment, (document, ids) in enumerate(row, 1):
-            here = slice(at, at + len(ids) - 1)
-            batch["tokens"][number, here], batch["targets"][number, here] = ids[:-1], ids[1:]
-            batch["positions"][number, here] = np.arange(len(ids) - 1)
-            batch["segments"][number, here], batch["documents"][number, here] = segment, document
-            at = here.stop
-    return batch
+        yield waiting
 
 
 def _count(sums: list[_Sums], batch: Batch, nats_BT: np.ndarray, token_bytes: np.ndarray | None) -> None:

@@ -7,14 +7,15 @@
 What a token sees is decided by positions and segments (see `decoder.Cache`), so prompts of different lengths share
 a batch, the new tokens of all rows go into the same slot, and a row's tokens do not depend on the rows beside it.
 Lengths are rounded up, so that few shapes are ever compiled. `stream_tokens` knows no text.
+
+What is continued is a text, ids, or a conversation that a chat template renders. The terminal is `chat.py`'s matter.
 """
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +26,10 @@ from maxi.models import Model, decoder
 from maxi.models.decoder import Cache, Compute
 from maxi.models.sampling import NOT_FINITE, NOTHING, Sampling, choose, row_keys
 from maxi.params import Tree
-from maxi.pretrained import open_model
 from maxi.sharding import data_shards
 
 if TYPE_CHECKING:
+    from maxi.data.chat_template import ChatTemplate
     from maxi.data.tokenizer import Tokenizer
     from maxi.hf import Loaded
 
@@ -41,7 +42,19 @@ MIN_WIDTH = 16
 CACHE_STEP = 128
 """The cache's length is a multiple of this many slots."""
 
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+"""A text, its ids, or the messages of a conversation, which take a chat template."""
+
 _VISIBLE = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+class Completion(NamedTuple):
+    """What a model said to a prompt: its text without special tokens, its ids without the one that ended it, and
+    whether one did (`stopped`) or the length limit came first."""
+
+    text: str
+    ids: list[int]
+    stopped: bool
 
 
 class Same:
@@ -71,6 +84,47 @@ class _Rows(NamedTuple):
     seen_BV: Any
 
 
+def complete(
+    loaded: "Loaded",
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    *,
+    chat: "ChatTemplate | None" = None,
+    compute: Compute | None = None,
+) -> list[Completion]:
+    """The completion of each prompt, all run as one batch until each has ended or has `sampling.max_new_tokens`.
+
+    Completions end at `tokenizer.eos_ids` and, given `chat`, at the token that ends its turns; `chat` renders the prompts
+    that are messages. Raises ConfigError for a prompt without tokens or messages without `chat`, DataError where the
+    template refuses a conversation, ModelFolderError when there is no tokenizer, and as `stream_tokens` does.
+    """
+    made = dict(complete_each(loaded, prompts, sampling, chat=chat, compute=compute))
+    return [made[row] for row in range(len(prompts))]
+
+
+def complete_each(
+    loaded: "Loaded",
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    *,
+    chat: "ChatTemplate | None" = None,
+    compute: Compute | None = None,
+) -> Iterator[tuple[int, Completion]]:
+    """(number of the prompt, its completion) as each is finished; otherwise as `complete`."""
+    tokenizer, made = tokenizer_of(loaded), [[] for _ in prompts]
+    tokens, ends = _stream_of(loaded, prompts, sampling, chat, compute)
+    unfinished = set(range(len(prompts)))
+    for tokens_B in tokens:
+        for row in sorted(unfinished):
+            if tokens_B[row] not in ends:
+                made[row].append(int(tokens_B[row]))
+                continue
+            unfinished.remove(row)
+            yield row, Completion(tokenizer.decode(made[row], skip_special_tokens=True), made[row], True)
+    for row in sorted(unfinished):
+        yield row, Completion(tokenizer.decode(made[row], skip_special_tokens=True), made[row], False)
+
+
 def generate(
     loaded: "Loaded",
     prompts: Sequence[str],
@@ -86,16 +140,33 @@ def generate(
     ConfigError for a prompt without tokens or a setting out of range, ModelFolderError when there is no tokenizer.
     """
     sampling = Sampling(max_new_tokens=max_new_tokens, **settings)
-    texts = dict(_finished(loaded, prompts, sampling, compute))
-    return [texts[row] for row in range(len(prompts))]
+    return [made.text for made in complete(loaded, prompts, sampling, compute=compute)]
 
 
-def stream_text(loaded: "Loaded", prompt: str, sampling: Sampling, compute: Compute | None = None) -> Iterator[str]:
-    """The continuation of one prompt as it grows, in pieces of whole characters; raises as `generate` does."""
-    tokenizer = _tokenizer(loaded)
-    tokens = _stream_of(loaded, [prompt], sampling, compute)
-    ids = (int(tokens_B[0]) for tokens_B in tokens if tokens_B[0] not in tokenizer.eos_ids)
-    return tokenizer.stream(ids, skip_special_tokens=True)
+def stream_ids(
+    loaded: "Loaded",
+    prompt: Prompt,
+    sampling: Sampling,
+    *,
+    chat: "ChatTemplate | None" = None,
+    compute: Compute | None = None,
+) -> Iterator[int]:
+    """The ids of one prompt's completion as they are made, without the one that ends it; raises as `complete` does."""
+    tokens, ends = _stream_of(loaded, [prompt], sampling, chat, compute)
+    return (int(tokens_B[0]) for tokens_B in tokens if tokens_B[0] not in ends)
+
+
+def stream_text(
+    loaded: "Loaded",
+    prompt: Prompt,
+    sampling: Sampling,
+    *,
+    chat: "ChatTemplate | None" = None,
+    compute: Compute | None = None,
+) -> Iterator[str]:
+    """The text of one prompt's completion as it grows, in pieces of whole characters; raises as `complete` does."""
+    ids = stream_ids(loaded, prompt, sampling, chat=chat, compute=compute)
+    return tokenizer_of(loaded).stream(ids, skip_special_tokens=True)
 
 
 def logits(loaded: "Loaded", tokens: Sequence[Sequence[int]], compute: Compute | None = None) -> np.ndarray:
@@ -143,59 +214,60 @@ def stream_tokens(
     return _stream(model, params, prompts, sampling, tuple(eos_ids), compute)
 
 
-def run_generate(model_path: str | Path, prompts: Sequence[str], sampling: Sampling, *, out: TextIO) -> None:
-    """`maxi generate`: prompt and continuation of MODEL to `out`; one prompt as it comes, several in order when done.
-
-    Control characters other than tab and newline are written as \\x1b and the like: a model's text must not steer
-    the terminal. Raises as `open_model` and `generate` do.
-    """
-    loaded = open_model(model_path)
-    if len(prompts) == 1:
-        pieces = stream_text(loaded, prompts[0], sampling)
-        out.write(prompts[0].translate(_VISIBLE))
-        for piece in pieces:
-            out.write(piece.translate(_VISIBLE))
-            out.flush()
-        out.write("\n")
-        return
-    waiting: dict[int, str] = {}
-    shown = 0
-    for row, text in _finished(loaded, prompts, sampling):
-        waiting[row] = text
-        while shown in waiting:
-            whole = (prompts[shown] + waiting.pop(shown)).translate(_VISIBLE)
-            out.write(f"--- {shown + 1} of {len(prompts)}\n{whole}\n")
-            out.flush()
-            shown += 1
+def unstacked(loaded: "Loaded") -> "Loaded":
+    """The same with its weights laid out for decoding, which spares every call a copy of them."""
+    params = decoder.unstack(loaded.model, loaded.params, loaded.params["embed"].dtype)
+    return dataclasses.replace(loaded, params=params)
 
 
-def _tokenizer(loaded: "Loaded") -> "Tokenizer":
+def open_chat(loaded: "Loaded") -> "ChatTemplate":
+    """The chat template of a model's folder, to be closed. Raises ConfigError when it has none."""
+    from maxi.data.chat_template import ChatTemplate
+
+    return ChatTemplate(tokenizer_of(loaded))
+
+
+def conversation(prompt: str, system: str | None = None) -> list[dict[str, Any]]:
+    """The messages of a conversation in which a user has said `prompt`, and nobody anything else."""
+    instructions = [] if system is None else [{"role": "system", "content": system}]
+    return [*instructions, {"role": "user", "content": prompt}]
+
+
+def ids_of(loaded: "Loaded", prompt: Prompt, chat: "ChatTemplate | None", where: str) -> Sequence[int]:
+    """The ids of a prompt, which `where` names in errors; raises as `complete` does."""
+    if not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], Mapping):
+        if chat is None:
+            raise ConfigError("a conversation needs a chat template", where, "pass --chat, or chat in Python")
+        prompt = chat.prompt(prompt, where=where)  # type: ignore[arg-type]
+    if not isinstance(prompt, str):
+        return prompt  # type: ignore[return-value]
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # lone surrogates, as the shell hands over bytes that are not UTF-8
+        raise ConfigError("the text is not UTF-8", where, "write it as UTF-8") from None
+    return tokenizer_of(loaded).encode([prompt])[0].tolist()
+
+
+def visible(text: str) -> str:
+    """Control characters other than tab and newline as \\x1b and the like: a model's text must not steer the terminal."""
+    return text.translate(_VISIBLE)
+
+
+def tokenizer_of(loaded: "Loaded") -> "Tokenizer":
+    """Raises ModelFolderError when there is none."""
     if loaded.tokenizer is None:
         raise ModelFolderError("the model's folder has no tokenizer", str(loaded.folder), "put tokenizer.json there")
     return loaded.tokenizer
 
 
-def _stream_of(loaded: "Loaded", prompts: Sequence[str], sampling: Sampling, compute: Compute | None) -> Iterator[np.ndarray]:
-    tokenizer = _tokenizer(loaded)
-    ids = [encoded.tolist() for encoded in tokenizer.encode(prompts)]
-    return stream_tokens(loaded.model, loaded.params, ids, sampling, tokenizer.eos_ids, compute)
-
-
-def _finished(
-    loaded: "Loaded", prompts: Sequence[str], sampling: Sampling, compute: Compute | None = None
-) -> Iterator[tuple[int, str]]:
-    """(number of the prompt, its continuation) as each is finished."""
-    tokenizer, made = _tokenizer(loaded), [[] for _ in prompts]
-    open_rows = set(range(len(prompts)))
-    for tokens_B in _stream_of(loaded, prompts, sampling, compute):
-        for row in sorted(open_rows):
-            if tokens_B[row] not in tokenizer.eos_ids:
-                made[row].append(int(tokens_B[row]))
-                continue
-            open_rows.remove(row)
-            yield row, tokenizer.decode(made[row], skip_special_tokens=True)
-    for row in sorted(open_rows):
-        yield row, tokenizer.decode(made[row], skip_special_tokens=True)
+def _stream_of(
+    loaded: "Loaded", prompts: Sequence[Prompt], sampling: Sampling, chat: "ChatTemplate | None", compute: Compute | None
+) -> tuple[Iterator[np.ndarray], tuple[int, ...]]:
+    """What `stream_tokens` yields, and the ids that end a row."""
+    tokenizer = tokenizer_of(loaded)
+    ends = tuple(sorted({*tokenizer.eos_ids, *(() if chat is None else (chat.end_token_id,))}))
+    ids = [ids_of(loaded, prompt, chat, f"prompt {number}") for number, prompt in enumerate(prompts, 1)]
+    return stream_tokens(loaded.model, loaded.params, ids, sampling, ends, compute), ends
 
 
 def _check_ids(model: Model, rows: Sequence[Sequence[int]]) -> None:

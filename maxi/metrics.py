@@ -31,7 +31,8 @@ Values = Mapping[str, Any]
 class Recorder:
     """Writes the records of one run, from step `start` to `total`.
 
-    `tokens_per_s -> MFU` is `mfu`, or None where the device's peak is not known. `memory` gives bytes.
+    `tokens_per_s -> MFU` is `mfu`, or None where the device's peak is not known. `memory` gives bytes. `watch` sees the
+    metrics of every step and gives the warnings to show.
     """
 
     def __init__(
@@ -43,8 +44,9 @@ class Recorder:
         total: int,
         mfu: Callable[[float], float] | None,
         memory: Callable[[], float],
+        watch: Callable[[Values], list[str]] = lambda _: [],
     ):
-        self._every, self._total, self._mfu, self._memory = config.every, total, mfu, memory
+        self._every, self._total, self._mfu, self._memory, self._watch = config.every, total, mfu, memory, watch
         self._files: dict[str, IO[str]] = {
             n: (folder / f"{n}.jsonl").open("a", encoding="utf-8") for n in ("metrics", "perf", "samples")
         }
@@ -93,6 +95,8 @@ class Recorder:
             self._write("perf", step, perf)
             self._track(step, {**metrics, **perf})
             self._screen.line(step, {**metrics, **perf})
+        for line in self._watch(metrics):
+            self.say(f"warning at step {step}: {line}")
         self._screen.advance(step)
 
     @contextmanager
@@ -103,8 +107,8 @@ class Recorder:
         yield
         self._window.begin += time.monotonic() - begin
 
-    def evaluation(self, step: int, values: Values, samples: list[tuple[str, str]]) -> None:
-        """Writes an evaluation and the continuations (prompt, text) shown with it."""
+    def evaluation(self, step: int, values: Values, samples: list[dict[str, Any]]) -> None:
+        """Writes an evaluation and the generations shown with it (prompt, text and what else is known of each)."""
         self.drain()
         metrics = {f"eval/{name}": value for name, value in values.items() if value is not None}
         if not metrics and not samples:
@@ -112,9 +116,9 @@ class Recorder:
         self._write("metrics", step, metrics)
         self._track(step, metrics)
         self.say("  ".join([f"eval at step {step}", *(f"{k.removeprefix('eval/')} {v:.4g}" for k, v in metrics.items())]))
-        for prompt, text in samples:
-            self._write("samples", step, {"prompt": prompt, "text": text})
-            self.say(f"  {prompt!r} -> {text!r}")
+        for sample in samples:
+            self._write("samples", step, sample)
+            self.say(f"  {sample['prompt']!r} -> {sample['text']!r}{'' if sample['stopped'] else ' ...'}")
 
     def say(self, line: str) -> None:
         self._screen.say(line)

@@ -9,7 +9,8 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from maxi import hf
 from maxi.checkpoint import Checkpoints, abstract_state
-from maxi.errors import ModelFolderError
+from maxi.data.tokenizer import Tokenizer
+from maxi.errors import ConfigError, ModelFolderError
 from maxi.hf import Loaded
 from maxi.models import Model, from_hf_config
 from maxi.params import abstract, shardings
@@ -27,6 +28,18 @@ def model_folder(path: str | Path) -> Path:
         what = "there is no such folder" if not folder.is_dir() else "neither a run folder nor a Hugging Face model"
         raise ModelFolderError(what, str(path), "name a folder with config.json, or one that `maxi train` made")
     return folder
+
+
+def open_tokenizer(tokenizer: str | None, init_from: str | None) -> Tokenizer:
+    """The tokenizer of a run: the one named, or that of the MODEL it starts from.
+
+    Raises ConfigError when both are given and are not the same, ModelFolderError when there is none.
+    """
+    source = model_folder(init_from) if init_from else None
+    found = Tokenizer.load(tokenizer or source or "")
+    if tokenizer and source and Tokenizer.load(source).fingerprint() != found.fingerprint():
+        raise ConfigError(f"{tokenizer} is not the tokenizer of {init_from}", "tokenizer", "leave out tokenizer")
+    return found
 
 
 def read_model(path: str | Path) -> Model:

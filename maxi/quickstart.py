@@ -1,7 +1,8 @@
-"""The front door: from text that every Python carries to a model that transformers loads, in one command.
+"""The front door: from text that every Python carries to a model that answers in a chat, in one command.
 
-A list of stages, each an ordinary command of maxi with its result shown; later ones (SFT, DPO) are more entries. What
-is done already is not done again, so the same command resumes.
+A list of stages, each an ordinary command of maxi with its result shown: tokenizer, pretraining, and for every config beside
+the first whose name goes on with _sft or _dpo one more run, which starts from the run before it. What is done already is
+not done again, so the same command resumes.
 """
 
 import importlib.util
@@ -9,40 +10,62 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from maxi import hf
-from maxi.config import Config
+from maxi.config import Config, load
 from maxi.data import bpe
 from maxi.data.documents import Budget, read
 from maxi.errors import ConfigError, ModelFolderError
-from maxi.generation import generate
+from maxi.generation import complete, conversation, ids_of, open_chat
+from maxi.hf import Loaded
+from maxi.models.sampling import Sampling
+from maxi.run import Run
 from maxi.train import Summary, train
 
 log = logging.getLogger("maxi")
 
-NEW_TOKENS = 40
+NEW_TOKENS = 48
+STAGES = {"sft": "supervised fine-tuning", "dpo": "preference optimisation"}
 
 
-def quickstart(config: Config, config_path: str) -> None:
-    """Tokenizer, pretraining, export, and a continuation from the exported folder; then what came of it.
+@dataclass(frozen=True)
+class Stage:
+    """A run of the list, and what came of it."""
+
+    name: str
+    config: Config
+    summary: Summary
+
+
+def quickstart(config: Config, config_path: str, overrides: Sequence[str] = ()) -> None:
+    """Tokenizer, pretraining, the stages beside the config, and a turn of chat with the last export; then what came of it.
 
     The tokenizer goes to `config.tokenizer` with as many ids as `model.config.vocab_size` says; it and the model read
-    `data.train`. Raises ConfigError when the config names neither.
+    `data.train`. `overrides` hold for the first config, but for `run_dir`, to which later stages add their name. Raises
+    ConfigError when the config names neither tokenizer nor vocabulary.
     """
     begin = time.monotonic()
     log.info("== tokenizer ==")
     _make_tokenizer(config)
     log.info("== pretraining ==")
-    pretrained = train(config)
+    stages = [Stage("pretraining", config, train(config))]
+    for key, name in STAGES.items():
+        path = Path(config_path).with_name(f"{Path(config_path).stem}_{key}.yaml")
+        if path.is_file():
+            log.info("== %s ==", name)
+            run_dir = f"{config.run_dir}_{key}"
+            own = [f"run_dir={run_dir}", f"model.init_from={stages[-1].config.run_dir}"]
+            stage = load(path, own + [text for text in overrides if text.startswith("log.")])
+            stages.append(Stage(name, stage, train(stage)))
+    last = stages[-1].config
     log.info("== the exported model ==")
-    prompts = config.eval.prompts or ("The",)
-    for prompt, text in zip(prompts, _continue(Path(config.run_dir) / "hf", prompts), strict=True):
-        log.info("%r -> %r", prompt, text)
+    _say(Run(last.run_dir).hf, last.eval.prompts or ("The",), chat=len(stages) > 1, system=last.chat.system)
     log.info("== summary ==")
-    for line in _summary(pretrained, time.monotonic() - begin, config_path):
+    for line in _summary(stages, time.monotonic() - begin, config_path):
         log.info(line)
 
 
@@ -63,8 +86,8 @@ def _make_tokenizer(config: Config) -> None:
     log.info("%s: %s ids", folder, f"{made.vocab_size:,}")
 
 
-def _continue(folder: Path, prompts: tuple[str, ...]) -> list[str]:
-    """Loads the export the way its users will, and continues the prompts.
+def _say(folder: Path, prompts: Sequence[str], *, chat: bool, system: str | None) -> None:
+    """Loads the export the way its users will, and continues or answers the prompts.
 
     Config and tokenizer go through transformers, weights through maxi; with torch installed transformers generates too,
     and must say the same. Raises ModelFolderError when it does not.
@@ -74,38 +97,68 @@ def _continue(folder: Path, prompts: tuple[str, ...]) -> list[str]:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     log.info("transformers reads %s: %s, %s ids", folder, type(config).__name__, f"{len(tokenizer):,}")
-    texts = generate(hf.load_hf(folder), prompts, max_new_tokens=NEW_TOKENS)
-    if importlib.util.find_spec("torch") is None:
-        return texts
-    import torch
-    from transformers import AutoModelForCausalLM
+    loaded = hf.load_hf(folder)
+    prompt_ids = _prompt_ids(loaded, tokenizer, prompts, chat, system)
+    made = complete(loaded, prompt_ids, Sampling(max_new_tokens=NEW_TOKENS, temperature=0.0))
+    if importlib.util.find_spec("torch") is not None:
+        import torch
+        from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    for prompt, text in zip(prompts, texts, strict=True):
-        inputs = tokenizer(prompt, return_tensors="pt")
-        out = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)[0]
-        theirs = tokenizer.decode(out[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        if theirs != text:
-            raise ModelFolderError(
-                f"transformers continues {prompt!r} with {theirs!r}, maxi with {text!r}", str(folder), "report it"
-            )
-    log.info("transformers generates the same texts with torch")
-    return texts
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        for prompt, ids, mine in zip(prompts, prompt_ids, made, strict=True):
+            given = torch.tensor([ids])
+            out = model.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=NEW_TOKENS, do_sample=False)[0]
+            theirs = tokenizer.decode(out[len(ids) :], skip_special_tokens=True)
+            if theirs != mine.text:
+                what = f"transformers continues {prompt!r} with {theirs!r}, maxi with {mine.text!r}"
+                raise ModelFolderError(what, str(folder), "report it")
+        log.info("transformers generates the same texts with torch")
+    for prompt, each in zip(prompts, made, strict=True):
+        log.info("%s", f"user: {prompt}\nassistant: {each.text.strip()}" if chat else f"{prompt!r} -> {each.text!r}")
 
 
-def _summary(run: Summary, seconds: float, config_path: str) -> list[str]:
-    lines = [f"pretraining   {run.steps} steps of a model with {run.parameters:,} parameters"]
-    if run.loss_before is not None and run.loss_after is not None:
-        lines += [f"held-out loss {run.loss_before:.3f} -> {run.loss_after:.3f} nats per token"]
-    if run.bits_per_byte is not None:
-        lines += [f"held-out      {run.bits_per_byte:.3f} bits per byte"]
-    if run.tokens_per_s is not None:
-        lines += [f"speed         {run.tokens_per_s:,.0f} tokens/s"]
+def _prompt_ids(loaded: Loaded, tokenizer: Any, prompts: Sequence[str], chat: bool, system: str | None) -> list[Sequence[int]]:
+    """Raises ModelFolderError when transformers renders the exported template in another way."""
+    if not chat:
+        return [ids_of(loaded, prompt, None, "eval.prompts") for prompt in prompts]
+    found = []
+    with open_chat(loaded) as template:
+        for prompt in prompts:
+            said = conversation(prompt, system)
+            ids = ids_of(loaded, said, template, "eval.prompts")
+            theirs = tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
+            if tokenizer.encode(theirs, add_special_tokens=False) != list(ids):
+                what = f"transformers renders {prompt!r} as {theirs!r}"
+                raise ModelFolderError(what, str(loaded.folder), "report it")
+            found.append(ids)
+    return found
+
+
+def _summary(stages: Sequence[Stage], seconds: float, config_path: str) -> list[str]:
+    first = stages[0].summary
+    lines = [f"model         {first.parameters:,} parameters"]
+    names = {
+        "loss": "held-out loss",
+        "bits_per_byte": "bits per byte",
+        "rewards/accuracies": "accuracy",
+        "rewards/margins": "margin",
+        "repeated_4grams": "repetition",
+        "stopped": "stops by itself",
+    }
+    for stage in stages:
+        run = stage.summary
+        speed = f", {run.tokens_per_s:,.0f} tokens/s" if run.tokens_per_s else ""
+        lines.append(f"{stage.name}: {run.steps} steps{speed}")
+        lines += [f"  {names[name]:<16}{run.before[name]:.3f} -> {run.after[name]:.3f}" for name in names if name in run.after]
     maxi = "maxi" if shutil.which("maxi") else sys.argv[0]
+    last = stages[-1].summary
+    runs = " ".join(stage.config.run_dir for stage in stages)
+    tries = [f"{maxi} chat {last.run_dir}"] if len(stages) > 1 else []
+    tries += [f'{maxi} generate {first.run_dir} --prompt "Return the" --temperature 0.8 --top-p 0.9']
+    tries += [f"{maxi} train {config_path} run_dir=runs/longer steps={4 * first.steps}", f"{maxi} report {runs}"]
     return [
         *lines,
         f"time          {seconds:.0f} s",
-        f"model         {run.export} (Hugging Face format)",
-        f'try next      {maxi} generate {run.run_dir} --prompt "Return the" --temperature 0.8 --top-p 0.9',
-        f"or            {maxi} train {config_path} run_dir=runs/longer steps={4 * run.steps}",
+        f"export        {last.export} (Hugging Face format)",
+        *(f"{'try next' if number == 0 else 'or':<14}{text}" for number, text in enumerate(tries)),
     ]

@@ -1,7 +1,7 @@
 """The run folder: all the state there is of a run, and who may write to it.
 
 config.yaml      the resolved configuration
-run.json         fingerprints of data and tokenizer, versions
+run.json         fingerprints of data, tokenizer and reference, versions, what was read
 model/           config.json and the tokenizer
 checkpoints/     see checkpoint.py
 metrics.jsonl    what training and evaluation computed; the same bytes whether a run was interrupted or not
@@ -18,7 +18,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -97,22 +97,32 @@ def claim(config: Config) -> Iterator[Run]:
         yield run
 
 
-def record(run: Run, config: Config, fingerprints: dict[str, str]) -> None:
+def record(run: Run, config: Config, fingerprints: dict[str, str], data: Sequence[str]) -> None:
     """Writes config.yaml and run.json, or on a second start checks that data and tokenizer are still the same.
 
-    Raises DataError when a fingerprint changed.
+    `data` are lines that describe what is read. Raises DataError when a fingerprint changed.
     """
-    if run.facts.is_file():
-        known = json.loads(run.facts.read_text())["fingerprints"]
-        for name, fingerprint in fingerprints.items():
-            if known.get(name) != fingerprint:
-                raise DataError(
-                    f"the {name} changed since this run began", str(run.folder), "restore it, or set another run_dir"
-                )
-    else:
+    if not run.facts.is_file():
         versions = {"maxi": version("maxi"), "python": sys.version.split()[0]}
-        write_whole(run.facts, json.dumps({"fingerprints": fingerprints, "versions": versions}, indent=1) + "\n")
+        facts = {"fingerprints": {}, "versions": versions, "data": list(data)}
+        write_whole(run.facts, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+    for name, value in fingerprints.items():
+        remember(run, name, value)
     write_whole(run.config, to_yaml(config))
+
+
+def remember(run: Run, name: str, fingerprint: str) -> None:
+    """Adds a fingerprint to run.json. Raises DataError when another one of that name stands there."""
+    facts = json.loads(run.facts.read_text(encoding="utf-8"))
+    known = facts["fingerprints"].setdefault(name, fingerprint)
+    if known != fingerprint:
+        raise DataError(f"the {name} changed since this run began", str(run.folder), "restore it, or set another run_dir")
+    write_whole(run.facts, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+
+
+def remembered(run: Run, name: str) -> str | None:
+    """The fingerprint of that name in run.json."""
+    return json.loads(run.facts.read_text(encoding="utf-8"))["fingerprints"].get(name)
 
 
 def write_whole(path: Path, text: str) -> None:

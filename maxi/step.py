@@ -21,6 +21,7 @@ from maxi.sharding import activation_spec, constrain
 
 Batch = dict[str, jax.Array]
 Loss = Callable[[Tree, Batch], Sums]
+Totals = Callable[[Tree, Batch], dict[str, jax.Array]]
 Metrics = dict[str, jax.Array]
 
 
@@ -67,8 +68,8 @@ def new_state(params: Tree, optimizer: optax.GradientTransformation, where: Stat
 
 
 def put(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
-    """This process's rows of a global batch, [B, T] numpy, onto the devices that hold them."""
-    rows = NamedSharding(mesh, activation_spec("BT"))
+    """This process's rows of a global batch, [B, ...] numpy, onto the devices that hold them."""
+    rows = NamedSharding(mesh, activation_spec("B"))
     return {name: jax.make_array_from_process_local_data(rows, value) for name, value in batch.items()}
 
 
@@ -78,17 +79,19 @@ def make_step(
     rate: optax.Schedule,
     where: State,
     *,
+    totals: Totals | None = None,
     micro_batches: int = 1,
     ema: float = 0.0,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The jitted `step(state, batch) -> (state, metrics)`; it consumes (donates) the state it is given.
 
-    `batch` arrays are [B, T]; metrics are float32 scalars. When loss or gradient is not finite the state stays as it
-    was but for the step count, and `train/skipped` is 1.
+    `batch` arrays are [B, ...]; metrics are float32 scalars. `totals` gives sums that the loss has to know of the whole
+    batch beforehand; added up over the micro-batches they are the loss's `batch["totals"]`. When loss or gradient is
+    not finite the state stays as it was but for the step count, and `train/skipped` is 1.
     """
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        sums, grads = _accumulate(loss, state.params, batch, micro_batches)
+        sums, grads = _accumulate(loss, totals, state.params, batch, micro_batches)
         weight = jnp.maximum(sums.weight, 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
         norm = optax.tree.norm(grads)
@@ -112,7 +115,12 @@ def make_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(where, None))
 
 
-def _accumulate(loss: Loss, params: Tree, batch: Batch, micro_batches: int) -> tuple[Sums, Tree]:
+def with_totals(totals: Totals | None, params: Tree, batch: Batch) -> Batch:
+    """The batch as the loss takes it when it is the whole batch."""
+    return batch if totals is None else {**batch, "totals": jax.lax.stop_gradient(totals(params, batch))}  # type: ignore[dict-item]
+
+
+def _accumulate(loss: Loss, totals: Totals | None, params: Tree, batch: Batch, micro_batches: int) -> tuple[Sums, Tree]:
     """Sums and their gradient over all micro-batches, the gradient in float32."""
 
     def total(params: Tree, batch: Batch) -> tuple[jax.Array, Sums]:
@@ -121,19 +129,28 @@ def _accumulate(loss: Loss, params: Tree, batch: Batch, micro_batches: int) -> t
 
     gradient = jax.value_and_grad(total, has_aux=True)
     if micro_batches == 1:
-        (_, sums), grads = gradient(params, batch)
+        (_, sums), grads = gradient(params, with_totals(totals, params, batch))
         return sums, grads
 
-    def split(a_BT: jax.Array) -> jax.Array:
+    def split(a: jax.Array) -> jax.Array:
         # every device keeps its own rows: micro-batch m takes rows m, m + M, m + 2M, ...
-        a_MBT = a_BT.reshape(-1, micro_batches, *a_BT.shape[1:]).swapaxes(0, 1)
-        return constrain(a_MBT, "MBT")
-
-    def add(carry: tuple[Sums, Tree], micro: Batch) -> tuple[tuple[Sums, Tree], None]:
-        (_, sums), grads = gradient(params, micro)
-        return jax.tree.map(jnp.add, carry, (sums, grads)), None
+        micros = a.reshape(-1, micro_batches, *a.shape[1:]).swapaxes(0, 1)
+        return constrain(micros, "MBT"[: micros.ndim])
 
     micros = jax.tree.map(split, batch)
-    first = jax.eval_shape(lambda b: gradient(params, b), jax.tree.map(lambda a: a[0], micros))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (first[0][1], first[1]))
-    return jax.lax.scan(add, zeros, micros)[0]
+    known: Batch = {}
+    if totals is not None:
+        known = {"totals": jax.lax.stop_gradient(_summed(lambda micro: totals(params, micro), micros))}
+
+    def one(micro: Batch) -> tuple[Sums, Tree]:
+        (_, sums), grads = gradient(params, {**micro, **known})
+        return sums, grads
+
+    return _summed(one, micros)
+
+
+def _summed(one: Callable[[Batch], Any], micros: Batch) -> Any:
+    """The sum of `one(micro)` over the leading axis of `micros`, one after the other."""
+    shape = jax.eval_shape(one, jax.tree.map(lambda a: a[0], micros))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
+    return jax.lax.scan(lambda carry, micro: (jax.tree.map(jnp.add, carry, one(micro)), None), zeros, micros)[0]

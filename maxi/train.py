@@ -17,42 +17,48 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from maxi import evaluate, mesh, objectives, optim, pretrained
+from maxi import evaluate, mesh, objectives, optim, pretrained, references, scores
 from maxi import export as exports
 from maxi import step as steps
 from maxi.checkpoint import Checkpoints, abstract_state
 from maxi.config import Config, to_tree
-from maxi.data.loader import Batches, EvalRows, open_data
+from maxi.data.chat_template import ChatTemplate
+from maxi.data.examples import wrong_mask
+from maxi.data.loader import Batches, EvalRows, content_of, open_data, open_template
 from maxi.data.tokenizer import Tokenizer
-from maxi.errors import ConfigError, Preempted
-from maxi.generation import generate
+from maxi.errors import ConfigError, DataError, Preempted
+from maxi.generation import complete, conversation
 from maxi.hf import Loaded
 from maxi.hf.config_json import config_fields, generation_fields
 from maxi.metrics import Recorder, process_memory
 from maxi.models import Model, decoder
 from maxi.models.decoder import UNROLL_AT_MOST, Compute
+from maxi.models.sampling import Sampling
+from maxi.objectives import Objective
 from maxi.params import count, init, shardings
-from maxi.run import Run, claim, record, truncate_after, write_whole
+from maxi.run import Run, claim, record, remember, remembered, truncate_after, write_whole
 from maxi.runtime import keep_compiled_programs
 from maxi.signals import StopRequest
 from maxi.step import State
+from maxi.watch import Watch, too_small_for_bf16
 
 log = logging.getLogger("maxi")
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run came to. Losses are nats per token on the evaluation rows, before the first step and after the last."""
+    """What a run came to. `before` and `after` are the evaluations before the first step and after the last, by name
+    (without eval/): loss, and what else the objective measures; empty without evaluation rows."""
 
     run_dir: str
     steps: int
     parameters: int
-    loss_before: float | None
-    loss_after: float | None
-    bits_per_byte: float | None
+    before: dict[str, float]
+    after: dict[str, float]
     tokens_per_s: float | None
     export: str | None
 
@@ -66,8 +72,10 @@ class Job:
     devices: Mesh
     tokenizer: Tokenizer
     model: Model
+    objective: Objective
     batches: Batches
     eval_rows: EvalRows | None
+    prompts: list[list[int]]
     total: int
     compute: Compute
     rate: optax.Schedule
@@ -85,6 +93,8 @@ def train(config: Config) -> Summary:
         with jax.set_mesh(job.devices), StopRequest() as stop:
             checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep, config.checkpoint.background)
             state, start = _begin(job, checkpoints)
+            if job.objective.needs_reference:
+                _attach_reference(job, state if start == 0 else None)
             with _recorder(job, start) as recorder:
                 state = _steps(job, state, start, recorder, checkpoints, stop)
             checkpoints.close()
@@ -95,24 +105,29 @@ def train(config: Config) -> Summary:
 
 def _prepare(config: Config, run: Run) -> Job:
     """All pieces; everything that can be known to fail without compiling fails here."""
+    objective = objectives.build(**asdict(config.objective))
     keep_compiled_programs()
     devices = mesh.build(config.mesh)
     log.info("devices: %s", mesh.describe(devices))
     tokenizer, model = _tokenizer_and_model(config)
     _check_fit(config, tokenizer, model, devices)
 
-    batches, eval_rows = open_data(
-        config.data, tokenizer, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed, log=log.info
-    )
+    with open_template(objective.rows, config.chat, tokenizer) as template:
+        content = content_of(objective.rows, config.data, config.chat, tokenizer, template, config.seq_len)
+        batches, eval_rows = open_data(config.data, content, batch_size=config.batch_size, seed=config.seed, log=log.info)
+        prompts = _prompts(config, tokenizer, template)
+    _check_masks(batches, eval_rows)
     total = config.steps or max(1, math.floor((config.epochs or 1) * batches.rows_per_epoch / config.batch_size))
-    record(run, config, {"data": batches.fingerprint, "tokenizer": tokenizer.fingerprint()})
+    read = batches.describe() + (eval_rows.describe() if eval_rows else [])
+    record(run, config, {"data": batches.fingerprint, "tokenizer": tokenizer.fingerprint()}, read)
     _keep_model_files(run, config, model, tokenizer)
 
     compute = _compute(config, model)
     rate = optim.schedule(config.optim, total)
     optimizer = optim.optimizer(config.optim, model.table, rate)
     where = steps.state_shardings(model.table, optimizer, devices, bool(config.optim.ema))
-    job = Job(config, run, devices, tokenizer, model, batches, eval_rows, total, compute, rate, optimizer, where)
+    data = (batches, eval_rows, prompts)
+    job = Job(config, run, devices, tokenizer, model, objective, *data, total, compute, rate, optimizer, where)
     _announce(job)
     return job
 
@@ -133,20 +148,30 @@ def _begin(job: Job, checkpoints: Checkpoints) -> tuple[State, int]:
         return checkpoints.restore(start, abstract_state(shapes, job.where)), start
     if config.model.init_from:
         log.info("state: weights of %s, new optimizer", config.model.init_from)
-        params = pretrained.open_model(config.model.init_from, mesh=job.devices).params
     else:
         log.info("state: new weights from seed %d", config.seed)
-        params = jax.jit(partial(init, table), out_shardings=job.where.params)(jax.random.key(config.seed))
-    return steps.new_state(params, job.optimizer, job.where, ema), 0
+    state = steps.new_state(_first_weights(job), job.optimizer, job.where, ema)
+    if config.model.init_from and config.export_dtype == "bfloat16" and config.optim.name == "adamw":
+        matrices = [weight for weight in jax.tree.leaves(state.params) if weight.ndim >= 2]
+        rms = math.sqrt(sum(float(jnp.vdot(w, w)) for w in matrices) / sum(w.size for w in matrices))
+        if text := too_small_for_bf16(float(np.sum(jax.vmap(job.rate)(jnp.arange(job.total)))), rms):
+            log.warning("warning: %s", text)
+    return state, 0
+
+
+def _first_weights(job: Job) -> Any:
+    """What the run starts from."""
+    if job.config.model.init_from:
+        return pretrained.open_model(job.config.model.init_from, mesh=job.devices).params
+    return jax.jit(partial(init, job.model.table), out_shardings=job.where.params)(jax.random.key(job.config.seed))
 
 
 def _steps(job: Job, state: State, start: int, recorder: Recorder, checkpoints: Checkpoints, stop: StopRequest) -> State:
     """Steps `start` to `total`. What a checkpoint says is done is in the records before it is written."""
     config, host, hosts = job.config, jax.process_index(), jax.process_count()
-    objective = objectives.build(**asdict(config.objective))
-    loss = partial(objective.loss, partial(decoder.logprobs, job.model, compute=job.compute))
+    loss, totals = _loss(job)
     take_step = steps.make_step(
-        loss, job.optimizer, job.rate, job.where, micro_batches=config.micro_batches, ema=config.optim.ema
+        loss, job.optimizer, job.rate, job.where, totals=totals, micro_batches=config.micro_batches, ema=config.optim.ema
     )
     examine = _examiner(job)
     if start == 0:
@@ -174,35 +199,108 @@ def _steps(job: Job, state: State, start: int, recorder: Recorder, checkpoints: 
     return state
 
 
-def _examiner(job: Job) -> Callable[[State], tuple[dict[str, Any], list[tuple[str, str]]]]:
-    """What an evaluation does: metrics on the evaluation rows, and continuations of the fixed prompts."""
-    config, step_fn, token_bytes = job.config.eval, evaluate.eval_step(job.model, job.compute), job.tokenizer.token_bytes()
-    host, hosts = jax.process_index(), jax.process_count()
+def _loss(job: Job) -> tuple[steps.Loss, steps.Totals | None]:
+    """The objective over the model, and its totals where it has any."""
+    logprobs = partial(decoder.logprobs, job.model, compute=job.compute)
+    totals = getattr(job.objective, "totals", None)
+    return partial(job.objective.loss, logprobs), partial(totals, logprobs) if totals else None
 
-    def examine(state: State) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+
+def _attach_reference(job: Job, first: State | None) -> None:
+    """The reference's log-probabilities, into the rows. `first` is the state before the first step, None when that is
+    over and the reference has to come from where the run took it."""
+    config, known = job.config, remembered(job.run, "reference")
+
+    def weights() -> Any:
+        if config.model.reference:
+            return _reference_model(job).params
+        return first.params if first else _first_weights(job)
+
+    found = references.fingerprint(weights()) if known is None or first is not None else known
+    remember(job.run, "reference", found)
+
+    def again() -> Any:
+        params = weights()
+        if references.fingerprint(params) != found:
+            fix = "restore it, or set another run_dir"
+            raise DataError("the reference model changed since this run began", str(job.run.folder), fix)
+        return params
+
+    references.attach(
+        [*job.batches.opened, *(job.eval_rows.opened if job.eval_rows else ())],
+        found,
+        again,
+        job.model,
+        compute=job.compute,
+        devices=job.devices,
+        batch_size=config.batch_size // config.micro_batches,
+        cache_dir=config.data.cache_dir,
+    )
+
+
+def _reference_model(job: Job) -> Loaded:
+    """`model.reference` in memory. Raises ConfigError unless it has the policy's tokenizer and vocabulary."""
+    name = job.config.model.reference
+    assert name is not None
+    loaded = pretrained.open_model(name, mesh=job.devices)
+    known = loaded.tokenizer
+    if loaded.model.vocab_size != job.model.vocab_size or (known and known.fingerprint() != job.tokenizer.fingerprint()):
+        what = f"{name} has another tokenizer or vocabulary than the model that is trained"
+        raise ConfigError(what, "model.reference", "name a model of the same family, or leave it out")
+    return loaded
+
+
+def _examiner(job: Job) -> Callable[[State], tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """What an evaluation does: metrics on the evaluation rows, and continuations of the fixed prompts with their scores."""
+    config, host, hosts = job.config.eval, jax.process_index(), jax.process_count()
+    place = partial(steps.put, mesh=job.devices)
+    if job.objective.needs_reference or job.objective.rows not in ("documents", "conversations"):
+        loss, totals = _loss(job)
+        whole = jax.jit(lambda params, batch: loss(params, steps.with_totals(totals, params, batch)))
+        measure = partial(evaluate.measure_sums, whole)
+    else:
+        predict, token_bytes = evaluate.eval_step(job.model, job.compute), job.tokenizer.token_bytes()
+        measure = partial(evaluate.measure, predict, token_bytes=token_bytes)
+
+    def examine(state: State) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         params = state.params if state.ema is None else state.ema
         values: dict[str, Any] = {}
         if job.eval_rows is not None:
-            rows = job.eval_rows.batches(config.max_rows, host, hosts)
-            values = evaluate.measure(step_fn, params, rows, token_bytes, place=partial(steps.put, mesh=job.devices))
-        texts: list[str] = []
-        if config.prompts:
-            loaded = Loaded(job.model, params, job.run.model)
-            texts = generate(loaded, config.prompts, max_new_tokens=config.max_new_tokens)
-        return values, list(zip(config.prompts, texts, strict=True))
+            values = measure(params, batches=job.eval_rows.batches(config.max_rows, host, hosts), place=place)
+        if not config.prompts:
+            return values, []
+        loaded = Loaded(job.model, params, job.run.model)
+        made = complete(loaded, job.prompts, Sampling(max_new_tokens=config.max_new_tokens, temperature=0.0))
+        values |= scores.summary((each.ids, each.stopped) for each in made)
+        shown = [
+            {"prompt": prompt, "text": each.text, **scores.score(each.ids, each.stopped)}
+            for prompt, each in zip(config.prompts, made, strict=True)
+        ]
+        return values, shown
 
     return examine
 
 
 def _tokenizer_and_model(config: Config) -> tuple[Tokenizer, Model]:
-    """Raises ConfigError when `tokenizer` is not the one that the weights of `model.init_from` know."""
     init_from = config.model.init_from
-    source = pretrained.model_folder(init_from) if init_from else None
-    tokenizer = Tokenizer.load(config.tokenizer or source or "")
-    if config.tokenizer and source and Tokenizer.load(source).fingerprint() != tokenizer.fingerprint():
-        raise ConfigError(f"{config.tokenizer} is not the tokenizer of {init_from}", "tokenizer", "leave out tokenizer")
+    tokenizer = pretrained.open_tokenizer(config.tokenizer, init_from)
     special = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id, "bos_token_id": None}
     return tokenizer, pretrained.resolve_config(init_from, config.model.config, tokenizer.vocab_size, special)
+
+
+def _prompts(config: Config, tokenizer: Tokenizer, template: ChatTemplate | None) -> list[list[int]]:
+    """The ids of `eval.prompts`: as they are, or what is served when a user says them."""
+    texts = list(config.eval.prompts)
+    if template is not None:
+        texts = [template.prompt(conversation(text, config.chat.system), where="eval.prompts") for text in texts]
+    return [ids.tolist() for ids in tokenizer.encode(texts)]
+
+
+def _check_masks(batches: Batches, eval_rows: EvalRows | None) -> None:
+    """Raises DataError when anything but what should be is trained."""
+    for entry in (*batches.opened, *(eval_rows.opened if eval_rows else ())):
+        if entry.content.has_weights and (wrong := wrong_mask(entry.cache.meta["counts"])):
+            raise DataError(f"the mask is wrong, {wrong}", entry.source.path, "`maxi check` shows it; set chat.template")
 
 
 def _check_fit(config: Config, tokenizer: Tokenizer, model: Model, devices: Mesh) -> None:
@@ -240,8 +338,9 @@ def _announce(job: Job) -> None:
         *(f"{model.vocab_size:,}", f"{job.tokenizer.vocab_size:,}"),
     )
     log.info("compute: %s, remat %s", jnp.dtype(compute.dtype).name, compute.remat)
-    size = f"{config.batch_size} x {config.seq_len} tokens in {config.micro_batches} micro-batches"
-    log.info("plan: %d steps of %s, %.2f epochs", job.total, size, job.total * config.batch_size / rows)
+    size = f"{config.batch_size} x {job.batches.width} tokens in {config.micro_batches} micro-batches"
+    each = f" (about {config.batch_size * job.batches.items / rows:.0f} items)" if job.objective.rows != "documents" else ""
+    log.info("plan: %d steps of %s%s, %.2f epochs", job.total, size, each, job.total * config.batch_size / rows)
 
 
 def _keep_model_files(run: Run, config: Config, model: Model, tokenizer: Tokenizer) -> None:
@@ -260,7 +359,7 @@ def _keep_model_files(run: Run, config: Config, model: Model, tokenizer: Tokeniz
 
 def _recorder(job: Job, start: int) -> Recorder:
     peak = mesh.peak_flops(job.devices)
-    flops = job.model.train_flops_per_token(job.config.seq_len)
+    flops = job.model.train_flops_per_token(job.batches.width)
     return Recorder(
         job.run.folder,
         job.config.log,
@@ -269,6 +368,7 @@ def _recorder(job: Job, start: int) -> Recorder:
         job.total,
         mfu=(lambda tokens_per_s: tokens_per_s * flops / peak) if peak else None,
         memory=lambda: mesh.memory_in_use(job.devices) or process_memory(),
+        watch=Watch().step,
     )
 
 
@@ -284,16 +384,17 @@ def _export(job: Job, state: State) -> None:
 
 
 def _summary(job: Job, recorder: Recorder) -> Summary:
-    evals = job.run.evaluations()
-    first, last = (evals[0], evals[-1]) if evals else ({}, {})
+    evals = [
+        {name.removeprefix("eval/"): value for name, value in values.items() if name != "step"}
+        for values in job.run.evaluations()
+    ]
     rates = sorted(recorder.tokens_per_s)
     return Summary(
         run_dir=str(job.run.folder),
         steps=job.total,
         parameters=count(job.model.table),
-        loss_before=first.get("eval/loss"),
-        loss_after=last.get("eval/loss"),
-        bits_per_byte=last.get("eval/bits_per_byte"),
+        before=evals[0] if evals else {},
+        after=evals[-1] if evals else {},
         tokens_per_s=rates[len(rates) // 2] if rates else None,
         export=str(job.run.hf) if job.config.export_hf else None,
     )

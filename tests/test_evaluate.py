@@ -4,6 +4,7 @@ import io
 import json
 import math
 import random
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,16 @@ import pytest
 import torch
 
 from maxi import evaluate as evaluation
-from maxi import hf
-from maxi.data import bpe
+from maxi import hf, scores
+from maxi.data import bpe, windows
 from maxi.data.tokenizer import Tokenizer
 from maxi.errors import ConfigError, DataError, MaxiError, ModelFolderError, NumericsError
-from maxi.evaluate import eval_step, evaluate, measure, run_eval, table
+from maxi.evaluate import eval_step, evaluate, measure, measure_sums, run_eval, score_prompts, table
+from maxi.generation import Prompt, complete, conversation, open_chat
 from maxi.hf import Loaded
 from maxi.models.decoder import Compute
+from maxi.models.sampling import Sampling
+from maxi.objectives import Sums
 from tests import tiny
 
 WORDS = [*("the", "sea", "was", "calm", "and", "every", "lamp", "on", "board", "shone", "naïve", "café", "猫", "🙂")]
@@ -110,36 +114,13 @@ def test_bytes_are_those_of_the_text_without_each_first_token(loaded: Loaded, co
 def test_packing_changes_nothing(loaded: Loaded, corpus: str, pool: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against rows that hold one window each."""
     packed = evaluate(loaded, [corpus], seq_len=32, batch_size=2, rows=True)
-    monkeypatch.setattr(evaluation, "POOL_ROWS", pool)
-    monkeypatch.setattr(evaluation, "_first_fit", lambda windows, _: [[window] for window in windows])
+    monkeypatch.setattr(windows, "POOL_ROWS", pool)
+    monkeypatch.setattr(windows, "best_fit", lambda lengths, _: [[index] for index in range(len(lengths))])
     alone = evaluate(loaded, [corpus], seq_len=32, batch_size=2, rows=True)
     for one, other in zip([packed, *packed["rows"]], [alone, *alone["rows"]], strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
         assert one["bits_per_byte"] == pytest.approx(other["bits_per_byte"], rel=1e-6)
         assert one["tokens"] == other["tokens"]
-
-
-@pytest.mark.parametrize("pool", [1, 3, 64])
-def test_every_window_is_packed_once(pool: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "POOL_ROWS", pool)
-    rng = np.random.default_rng(0)
-    windows = [(n, rng.integers(0, 99, rng.integers(2, 34)).astype(np.int32)) for n in range(200)]
-    batches = list(evaluation._packed(iter(windows), 32, 4))
-    assert {batch["tokens"].shape for batch in batches[:-1]} == {(4, 32)}
-    found = []
-    for batch in batches:
-        for row in range(len(batch["tokens"])):
-            for segment in range(1, batch["segments"][row].max() + 1):
-                at = np.flatnonzero(batch["segments"][row] == segment)
-                assert (np.diff(at) == 1).all()
-                assert (batch["positions"][row, at] == np.arange(len(at))).all()
-                ids = np.append(batch["tokens"][row, at], batch["targets"][row, at[-1]])
-                assert (batch["targets"][row, at] == ids[1:]).all()
-                (document,) = set(batch["documents"][row, at].tolist())
-                found.append((document, ids.tolist()))
-    assert sorted(found) == [(n, ids.tolist()) for n, ids in windows]
-    real = sum((batch["segments"] > 0).sum() for batch in batches)
-    assert pool < 64 or real / sum(batch["segments"].size for batch in batches) > 0.95
 
 
 def test_measure_respects_loss_weights(loaded: Loaded) -> None:
@@ -167,6 +148,92 @@ def test_measure_respects_loss_weights(loaded: Loaded) -> None:
 def test_measure_of_nothing(loaded: Loaded) -> None:
     with pytest.raises(DataError, match="no token to predict"):
         measure(eval_step(loaded.model, Compute()), loaded.params, [], None)
+
+
+def test_sums_of_batches_are_divided_once() -> None:
+    """Against float64 by hand; a mean of means, or sums in float32, would be off."""
+    rng = np.random.default_rng(2)
+    loss, weight, right = rng.normal(1e4, 1.0, 300), rng.integers(1, 9, 300), rng.integers(0, 5, 300)
+
+    def step_fn(params: Any, batch: Any) -> Sums:
+        at, pairs = int(batch["at"]), jnp.float32(params)
+        metrics = {"train/accuracy": (jnp.float32(right[at]), pairs), "kl": (jnp.float32(0), jnp.float32(0))}
+        return Sums(jnp.float32(loss[at]), jnp.float32(weight[at]), metrics)
+
+    batches = [{"at": np.array(at)} for at in range(300)]
+    placed: list[int] = []
+    found = measure_sums(step_fn, 7.0, batches, place=lambda b: placed.append(1) or b)  # type: ignore[arg-type]
+    assert found == {
+        "loss": pytest.approx(np.float32(loss).astype(np.float64).sum() / weight.sum(), rel=1e-12),
+        "accuracy": pytest.approx(right.sum() / 2100, rel=1e-12),
+        "kl": 0.0,
+    }
+    assert len(placed) == 300
+
+
+def test_sums_name_the_loss_as_training_does() -> None:
+    """`train/loss` is what an objective calls its loss, which may leave out what is added to it."""
+    one, sums = jnp.float32(1), Sums(jnp.float32(5), jnp.float32(2), {"train/loss": (jnp.float32(4), jnp.float32(2))})
+    assert measure_sums(lambda *_: sums, {}, [{"x": np.zeros(1)}]) == {"loss": 2.0}
+    with pytest.raises(DataError, match="nothing to measure"):
+        measure_sums(lambda *_: Sums(one, one * 0, {}), {}, [{"x": np.zeros(1)}])
+
+
+PROMPTS: list[tuple[str, Prompt]] = [("a.txt:1", "the sea"), ("a.txt:2", "every lamp on board"), ("a.txt:5", "calm")]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_scores_are_those_of_greedy_completions(loaded: Loaded, chat: bool) -> None:
+    """Each alone, however many go together; with chat, what a user says."""
+    with open_chat(loaded) if chat else nullcontext() as template:
+        made = []
+        for _, prompt in PROMPTS:
+            asked = conversation(str(prompt)) if chat else prompt
+            made += complete(loaded, [asked], Sampling(max_new_tokens=24), chat=template)
+        report = score_prompts(loaded, PROMPTS, max_new_tokens=24, chat=template, batch_size=2, rows=True)
+    expected = scores.summary((one.ids, one.stopped) for one in made)
+    assert {name: report[name] for name in expected} == expected
+    assert (report["prompts"], report["max_new_tokens"]) == (3, 24)
+    for (where, prompt), one, row in zip(PROMPTS, made, report["generations"], strict=True):
+        assert row == {"where": where, "prompt": prompt, "text": one.text, "tokens": len(one.ids)} | scores.score(
+            one.ids, one.stopped
+        )
+
+
+def test_a_prompt_that_cannot_be_is_named(loaded: Loaded) -> None:
+    with pytest.raises(ConfigError, match=r"needs a chat template \(b.jsonl:7\): pass --chat"):
+        score_prompts(loaded, [*PROMPTS, ("b.jsonl:7", conversation("hello"))], max_new_tokens=4)
+
+
+def test_scores_on_the_terminal_and_as_json(
+    loaded: Loaded, corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "open_model", lambda _: loaded)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"messages": conversation("calm \x1b[31m")}) + "\n")
+    how: dict[str, Any] = {"chat": True, "max_new_tokens": 4, "json_out": tmp_path / "report.json", "rows": True}
+    out = io.StringIO()
+    run_eval(loaded.folder, [corpus], prompts=["the sea"], prompts_file=str(rows), out=out, **how)
+    report, shown = json.loads((tmp_path / "report.json").read_text()), out.getvalue()
+    assert [row["where"] for row in report["generations"]] == ["--prompt 1", f"{rows}:1"]
+    assert report["documents"] == len(TEXTS) and report["loss"] > 0
+    assert f"loss           {report['loss']:.4f} nats per token\n" in shown
+    assert f"stopped           {report['stopped']:.4f} of 2 within 4 tokens\n" in shown
+    assert f"longest loop      {report['longest_loop']:.1f} tokens\n" in shown
+    assert "--- --prompt 1: 4 tokens, cut, repeated 4-grams 0.0000, longest loop " in shown
+    assert "calm \\x1b[31m\n--> " in shown
+    assert not any(ord(c) < 32 and c not in "\n\t" for c in shown)
+    alone = io.StringIO()
+    run_eval(loaded.folder, prompts=["the sea"], max_new_tokens=4, out=alone)
+    assert alone.getvalue().startswith("repeated 4-grams  ") and "nats" not in alone.getvalue()
+
+
+def test_an_evaluation_of_nothing(corpus: str) -> None:
+    """Said before a model is looked for."""
+    with pytest.raises(ConfigError, match="nothing to evaluate"):
+        run_eval("nowhere", out=io.StringIO())
+    with pytest.raises(ConfigError, match="--chat is about prompts"):
+        run_eval("nowhere", [corpus], chat=True, out=io.StringIO())
 
 
 def test_terminal_and_json(loaded: Loaded, corpus: str, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Continuations are those of transformers; a row depends on nothing but its prompt; filters keep the same tokens."""
 
-import io
 import json
 from collections.abc import Sequence
 from functools import partial
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    AutoTokenizer,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -24,7 +24,7 @@ from maxi import generation, hf, mesh
 from maxi.config import MeshConfig
 from maxi.data import bpe
 from maxi.errors import ConfigError, ModelFolderError, NumericsError
-from maxi.generation import generate, logits, run_generate, stream_text, stream_tokens
+from maxi.generation import complete, conversation, generate, logits, open_chat, stream_text, stream_tokens
 from maxi.hf import Loaded
 from maxi.models.sampling import Sampling, penalize, warp
 from maxi.params import Tree, shardings
@@ -68,13 +68,19 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
 
 
 @pytest.fixture(scope="module")
-def spoken(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
-    """A model with a tokenizer."""
-    folder = tmp_path_factory.mktemp("spoken") / "model"
+def talker(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Loaded]:
+    """(transformers' model, ours) with a tokenizer and its chat template."""
+    folder = tmp_path_factory.mktemp("talker") / "model"
     text = "the cat sat on the mat and the dog sat on the log; naïve café 猫 🙂 " * 20
     tokenizer = bpe.train([text], bpe.MIN_VOCAB + 20, folder)
-    tiny.save(folder, "qwen2", num_hidden_layers=2, vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_id)
-    return hf.load_hf(folder)
+    fields = {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_id, "max_position_embeddings": 128}
+    return tiny.save(folder, "qwen2", num_hidden_layers=2, **fields), hf.load_hf(folder)
+
+
+@pytest.fixture(scope="module")
+def spoken(talker: tuple[Any, Loaded]) -> Loaded:
+    """A model with a tokenizer."""
+    return talker[1]
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
@@ -296,16 +302,69 @@ def test_text_ends_before_the_end_of_sequence(spoken: Loaded, tmp_path: Path) ->
     assert "".join(stream_text(ending, prompts[0], Sampling())) == tokenizer.decode(cut, skip_special_tokens=True)
 
 
-def test_terminal(spoken: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation, "open_model", lambda _: spoken)  # as it would; but with its compiled steps
-    out = io.StringIO()
-    run_generate(spoken.folder, ["the cat"], Sampling(max_new_tokens=8), out=out)
-    assert out.getvalue().startswith("the cat")
-    several = io.StringIO()
-    run_generate(spoken.folder, ["the cat", "a\x1b[31m\tb"], Sampling(max_new_tokens=8), out=several)
-    assert several.getvalue().startswith("--- 1 of 2\n" + out.getvalue())
-    assert "--- 2 of 2\na\\x1b[31m\tb" in several.getvalue()
-    assert not any(ord(c) < 32 and c not in "\n\t" for c in several.getvalue())
+def test_a_conversation_is_continued_as_by_transformers(talker: tuple[Any, Loaded]) -> None:
+    """Also when the end of a turn is among what is said: a token of a free continuation is made the one that ends turns."""
+    model, ours = talker
+    theirs_of = AutoTokenizer.from_pretrained(ours.folder)
+    said = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}, {"role": "user", "content": "on?"}]
+    asked = [said, conversation("the dog", system="bark")]
+    ids = [theirs_of.apply_chat_template(one, add_generation_prompt=True, return_dict=True)["input_ids"] for one in asked]
+    with open_chat(ours) as chat:
+        assert chat.end_token_id == theirs_of.convert_tokens_to_ids("<|im_end|>")
+        free = [made.ids for made in complete(ours, asked, Sampling(max_new_tokens=20), chat=chat)]
+        assert free == [theirs(model, prompt, max_new_tokens=20) for prompt in ids]
+        end = max(free[0], key=free[0].index)  # the last to come up
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(chat, "end_token_id", end)
+            ended, other = complete(ours, asked, Sampling(max_new_tokens=20), chat=chat)
+            given, _ = complete(ours, ids, Sampling(max_new_tokens=20), chat=chat)
+            plain = complete(ours, ids, Sampling(max_new_tokens=20))
+    assert (ended.ids, ended.stopped) == (free[0][: free[0].index(end)], True)
+    cut = free[1].index(end) if end in free[1] else None
+    assert (other.ids, other.stopped) == (free[1][:cut], cut is not None)
+    assert given == ended, "ids are continued as they are"
+    assert [(made.ids, made.stopped) for made in plain] == [(row, False) for row in free], "without chat nothing ends there"
+    assert ended.text == theirs_of.decode(ended.ids, skip_special_tokens=True)
+
+
+def test_the_last_token_may_be_the_end(talker: tuple[Any, Loaded], tmp_path: Path) -> None:
+    """Ended within the limit means: the end is among the `max_new_tokens`."""
+    _, ours = talker
+    tokenizer = ours.tokenizer
+    assert tokenizer is not None
+    free = complete(ours, ["the cat"], Sampling(max_new_tokens=9))[0].ids
+    at = next(i for i in range(4, 9) if free[i] not in free[:i])
+    tokenizer.save(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [free[at]]}))
+    ending = Loaded(ours.model, ours.params, tmp_path)
+    for limit, stopped in ((at + 1, True), (at, False)):
+        made = complete(ending, ["the cat"], Sampling(max_new_tokens=limit))[0]
+        assert (made.ids, made.stopped) == (free[:at], stopped)
+
+
+def test_special_tokens_are_no_text(talker: tuple[Any, Loaded]) -> None:
+    _, ours = talker
+    tokenizer = ours.tokenizer
+    assert tokenizer is not None
+    special = tokenizer.encode(["<|im_start|>"])[0][0]
+    head = ours.params["lm_head"]
+    loud = ours.params | {"lm_head": jnp.zeros_like(head).at[special].set(1.0)}
+    scores = logits(Loaded(ours.model, loud, ours.folder), [[1, 2, 3]])[0, -1]
+    if scores[special] < 0:
+        loud["lm_head"] = -loud["lm_head"]
+    made = complete(Loaded(ours.model, loud, ours.folder), [[1, 2, 3]], Sampling(max_new_tokens=4))[0]
+    assert special in made.ids and "im_start" not in made.text
+
+
+def test_messages_need_a_template(talker: tuple[Any, Loaded]) -> None:
+    with pytest.raises(ConfigError, match=r"needs a chat template \(prompt 2\)"):
+        complete(talker[1], ["text", conversation("hello")], Sampling())
+
+
+def test_bytes_that_are_no_text(talker: tuple[Any, Loaded]) -> None:
+    """As Python hands over an argument that is not UTF-8."""
+    with pytest.raises(ConfigError, match=r"not UTF-8 \(prompt 1\)"):
+        generate(talker[1], ["caf\udce9"])
 
 
 def test_without_a_tokenizer(loaded: Loaded) -> None:

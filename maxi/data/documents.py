@@ -1,28 +1,33 @@
-"""Sources to documents: which files a source means, and the texts in them, in an order that never changes."""
+"""Sources to documents, or to records: which files a source means, and what is in them, in an order that never changes."""
 
 import glob
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from maxi.config import Source
 from maxi.data import formats, hub, python_docs
-from maxi.data.records import Budget, Document
+from maxi.data.records import Budget, Document, Make, T, document_of, made
 from maxi.errors import DataError
 
 PYTHON_DOCS = "python-docs"
+_EMBEDDED = {PYTHON_DOCS: python_docs.questions, f"{PYTHON_DOCS}-preferences": python_docs.preferences}
 
-__all__ = ["PYTHON_DOCS", "Budget", "Document", "files", "read"]
+EMBEDDED = tuple(_EMBEDDED)
+"""The sources that no file is behind; what they hold depends on the version of Python alone."""
+
+__all__ = ["EMBEDDED", "PYTHON_DOCS", "Budget", "Document", "files", "read", "records"]
 
 
 def files(source: Source) -> list[Path]:
-    """The files of a source, sorted by path; none for `python-docs`.
+    """The files of a source, sorted by path; none for those in EMBEDDED.
 
     A folder means every file in it, at any depth, whose suffix is known and whose name does not begin with a dot; a
     glob (`**` too) means what it matches, and folders that it matches count as folders. Raises DataError when there
     is nothing, or when a file that was named has a suffix that is not read.
     """
     path = source.path
-    if path == PYTHON_DOCS:
+    if path in EMBEDDED:
         return []
     if path.startswith(hub.PREFIX):
         return hub.files(path)
@@ -50,15 +55,30 @@ def read(source: Source, skip_bad: Budget) -> Iterator[Document]:
     Raises DataError (file, line, fix) for what cannot be read; up to `skip_bad.allowed` bad records are passed over
     and counted instead.
     """
-    here = Path(source.path).expanduser()
     if source.path == PYTHON_DOCS:
-        yield from python_docs.documents()
+        return python_docs.documents()
+    return _each(source, partial(document_of, source.field), skip_bad, source.field)
+
+
+def records(source: Source, make: Make[T], budget: Budget) -> Iterator[T]:
+    """Every record of a source, all its fields, through `make(record, where)`, file after file.
+
+    `source.field` means nothing here. Raises DataError for what cannot be read and for .txt files, which hold no
+    records; a record that is malformed or that `make` refuses goes to the budget.
+    """
+    return _each(source, make, budget, None)
+
+
+def _each(source: Source, make: Make[T], budget: Budget, only: str | None) -> Iterator[T]:
+    here = Path(source.path).expanduser()
+    if source.path in EMBEDDED:
+        yield from made(_EMBEDDED[source.path](), make, budget)
     elif source.path.startswith(hub.PREFIX):
-        yield from hub.read(source.path, source.field, skip_bad)
+        yield from hub.read(source.path, make, budget, only)
     elif here.is_dir() and hub.is_saved_dataset(here):
-        yield from hub.read(str(here), source.field, skip_bad)
+        yield from hub.read(str(here), make, budget, only)
     else:
         for file in files(source):
             reader = formats.reader(file)
             assert reader is not None  # files() lists no others
-            yield from reader(file, source.field, skip_bad)
+            yield from reader(file, make, budget, only)

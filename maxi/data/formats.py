@@ -1,16 +1,17 @@
-"""Files to documents, one reader a format; each streams, and names the file and the line in its errors.
+"""Files to records, one reader a format; each streams, and names the file and the line in its errors.
 
-A bad record goes to the budget; a file that breaks off or cannot be decoded at all is an error at once, because what
-is missing of it cannot be counted.
+What becomes of a record (a document, a conversation) is for `make` to say, which the caller hands in. A bad record goes
+to the budget; a file that breaks off or cannot be decoded at all is an error at once, because what is missing of it
+cannot be counted.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from maxi.data import streams
-from maxi.data.records import Budget, Document, document, document_of, missing
+from maxi.data.records import Budget, Make, T, made, missing
 from maxi.errors import DataError
 
 MAX_JSON_BYTES = 1_000_000_000
@@ -19,16 +20,35 @@ TEXT_PIECE = 1 << 16
 
 SEPARATOR = "<|endoftext|>"
 
-Reader = Callable[[Path, str, Budget], Iterator[Document]]
+
+class Reader(Protocol):
+    """What a format is: every record of a file through `make`, those that it refuses to the budget.
+
+    only: the one field, of text, that `make` looks at, so that the rest need not be read; None: it looks at all.
+    """
+
+    def __call__(self, path: Path, make: Make[T], budget: Budget, only: str | None, /) -> Iterator[T]: ...
 
 
-def read_txt(path: Path, _field: str, budget: Budget) -> Iterator[Document]:
-    """A plain text. Lines that are exactly `<|endoftext|>` separate documents; a longer stretch than TEXT_PIECE is cut at
+def read_txt(path: Path, make: Make[T], budget: Budget, only: str | None) -> Iterator[T]:
+    """A plain text, each of its documents as a record whose one field is `only`."""
+    if only is None:
+        raise DataError("a .txt file holds text, not records", str(path), "write one JSON object a line into a .jsonl file")
+    found = False
+    for thing in made((({only: text}, where) for text, where in _texts(path)), make, budget):
+        found = True
+        yield thing
+    if not found:
+        budget.forgive(DataError("the file has no text", str(path), "remove it, or allow for it with data.skip_bad"))
+
+
+def _texts(path: Path) -> Iterator[tuple[str, str]]:
+    """(document, where). Lines that are exactly `<|endoftext|>` separate documents; a longer stretch than TEXT_PIECE is cut at
     the last blank line before that (without one, at a line end), which bounds the memory and gives a held-out share
     something to choose from. CRLF and CR become LF; a byte-order mark and the last line end are dropped.
     """
     held: list[str] = []
-    first, size, found = 1, 0, False
+    first, size = 1, 0
     for number, raw in streams.lines(path):
         line = streams.decode(raw, f"{path}:{number}").removesuffix("\r").replace("\r", "\n")
         ends = line == SEPARATOR
@@ -37,83 +57,74 @@ def read_txt(path: Path, _field: str, budget: Budget) -> Iterator[Document]:
             cut = blank or len(held)
             text, held = "\n".join(held[:cut]), held[cut:]
             if text.strip():
-                found = True
-                yield Document(text, f"{path}:{first}")
+                yield text, f"{path}:{first}"
             first, size = number + ends - len(held), sum(len(line) + 1 for line in held)
         if not ends:
             held.append(line)
             size += len(line) + 1
     if "".join(held).strip():
-        yield Document("\n".join(held), f"{path}:{first}")
-    elif not found:
-        budget.forgive(DataError("the file has no text", str(path), "remove it, or allow for it with data.skip_bad"))
+        yield "\n".join(held), f"{path}:{first}"
 
 
-def read_jsonl(path: Path, field: str, budget: Budget) -> Iterator[Document]:
+def read_jsonl(path: Path, make: Make[T], budget: Budget, _only: str | None) -> Iterator[T]:
     """One JSON object a line; blank lines are passed over."""
-    for number, raw in streams.lines(path):
-        if not raw.strip():
-            continue
-        try:
-            found = document_of(_parse(raw, str(path), number), field, f"{path}:{number}")
-        except DataError as error:
-            budget.forgive(error)
-            continue
-        yield found
+    name = str(path)
+    lines = ((raw, f"{name}:{number}") for number, raw in streams.lines(path) if raw.strip())
+    return made(lines, lambda raw, where: make(_parse(raw, where), where), budget)
 
 
-def read_json(path: Path, field: str, budget: Budget) -> Iterator[Document]:
+def read_json(path: Path, make: Make[T], budget: Budget, only: str | None) -> Iterator[T]:
     """A list of objects, read whole (so at most MAX_JSON_BYTES); or one object a line, as many `.json` files are."""
     held, size = [], 0
     for piece in streams.pieces(path):
         if not held and not piece.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-            yield from read_jsonl(path, field, budget)
+            yield from read_jsonl(path, make, budget, only)
             return
         held.append(piece)
         size += len(piece)
         if size > MAX_JSON_BYTES:
             raise DataError("the JSON list is over 1 GB", str(path), "write one object a line into a .jsonl file")
     raw = b"".join(held).removeprefix(b"\xef\xbb\xbf")
-    records = _parse(raw, str(path), 1) if held else []
-    for number, record in enumerate(records, 1):
-        try:
-            found = document_of(record, field, f"{path}, record {number}")
-        except DataError as error:
-            budget.forgive(error)
-            continue
-        yield found
+    records = _parse(raw, f"{path}:1") if held else []
+    yield from made(((record, f"{path}, record {number}") for number, record in enumerate(records, 1)), make, budget)
 
 
-def read_parquet(path: Path, field: str, budget: Budget) -> Iterator[Document]:
-    """A column of text, streamed a few rows at a time."""
+def read_parquet(path: Path, make: Make[T], budget: Budget, only: str | None) -> Iterator[T]:
+    """Rows, streamed a few at a time; with `only`, that column alone, refused at once when it is not text."""
+    return made(_rows(path, only), make, budget)
+
+
+def _rows(path: Path, only: str | None) -> Iterator[tuple[Any, str]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    number = 0
+    number, name = 0, str(path)
     try:
         with pq.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            if field not in schema.names:
-                raise missing(field, schema.names, str(path))
-            kind: Any = schema.field(field).type
-            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-            if not any(test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)):
-                raise DataError(f"the column {field!r} holds {kind}, not text", str(path), "name a column of text with field:")
-            for batch in file.iter_batches(256, columns=[field]):
-                for text in batch.column(0).to_pylist():
+            if only is not None:
+                _check_text(file.schema_arrow, only, name)
+            for batch in file.iter_batches(256, columns=None if only is None else [only]):
+                rows = batch.to_pylist() if only is None else ({only: text} for text in batch.column(0).to_pylist())
+                for row in rows:
                     number += 1
-                    try:
-                        found = document(text, field, f"{path}, row {number}")
-                    except DataError as error:
-                        budget.forgive(error)
-                        continue
-                    yield found
+                    yield row, f"{name}, row {number}"
     except UnicodeDecodeError:
-        where = f"{path}, rows {number + 1} to {number + 256}"
-        raise DataError(f"the column {field!r} is not UTF-8", where, "write it again as UTF-8") from None
+        column, where = "a column" if only is None else f"the column {only!r}", f"{name}, rows {number + 1} to {number + 256}"
+        raise DataError(f"{column} is not UTF-8", where, "write it again as UTF-8") from None
     except (pa.ArrowException, OSError) as error:
         what = f"the parquet file is truncated or damaged, {str(error)[:200]}"
-        raise DataError(what, f"{path}, after row {number}", "copy or download it again") from None
+        raise DataError(what, f"{name}, after row {number}", "copy or download it again") from None
+
+
+def _check_text(schema: Any, column: str, where: str) -> None:
+    from pyarrow import types
+
+    if column not in schema.names:
+        raise missing(column, schema.names, where)
+    kind = schema.field(column).type
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    if not any(test(kind) for test in (types.is_string, types.is_large_string, types.is_string_view)):
+        raise DataError(f"the column {column!r} holds {kind}, not text", where, "name a column of text with field:")
 
 
 READERS: dict[str, Reader] = {
@@ -133,17 +144,16 @@ def reader(path: Path) -> Reader | None:
     return READERS.get(suffixes[-1]) if suffixes else None
 
 
-def _parse(raw: bytes, path: str, line: int) -> Any:
-    """JSON; `line` is the number of the first line of `raw`."""
-    text = streams.decode(raw, f"{path}:{line}")
+def _parse(raw: bytes, where: str) -> Any:
+    """JSON; `where` is the file and the first line of `raw`, as in `a.json:1`."""
+    text = streams.decode(raw, where)
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        where = f"{path}:{line + error.lineno - 1}:{error.colno}"
-        raise DataError(f"malformed JSON, {error.msg}", where, "mend it, or allow for it with data.skip_bad") from None
+        path, _, line = where.rpartition(":")
+        what, where = f"malformed JSON, {error.msg}", f"{path}:{int(line) + error.lineno - 1}:{error.colno}"
+        raise DataError(what, where, "mend it, or allow for it with data.skip_bad") from None
     except RecursionError:
-        raise DataError("the JSON is nested too deeply", f"{path}:{line}", "remove the record") from None
+        raise DataError("the JSON is nested too deeply", where, "remove the record") from None
     except ValueError as error:  # a number of thousands of digits
-        raise DataError(
-            f"malformed JSON, {str(error)[:80]}", f"{path}:{line}", "mend it, or allow for it with data.skip_bad"
-        ) from None
+        raise DataError(f"malformed JSON, {str(error)[:80]}", where, "mend it, or allow for it with data.skip_bad") from None

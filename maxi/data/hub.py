@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from maxi.data.records import Budget, Document, document_of, missing
+from maxi.data.records import Budget, Make, T, made, missing
 from maxi.errors import DataError, EnvironmentFault
 
 PREFIX = "hf://"
@@ -24,19 +24,15 @@ def files(path: str) -> list[Path]:
     return sorted(Path(entry["filename"]) for entry in _open(path).cache_files)
 
 
-def read(path: str, field: str, budget: Budget) -> Iterator[Document]:
-    """The texts of one column. Raises DataError when the dataset, the split or the column is not there, EnvironmentFault
-    when the package `datasets` is missing."""
+def read(path: str, make: Make[T], budget: Budget, only: str | None) -> Iterator[T]:
+    """Every row through `make`; with `only`, that column alone. Raises DataError when the dataset, the split or the column
+    is not there, EnvironmentFault when the package `datasets` is missing."""
     dataset = _open(path)
-    if field not in dataset.column_names:
-        raise missing(field, dataset.column_names, path)
-    for number, record in enumerate(dataset.select_columns([field]), 1):
-        try:
-            found = document_of(record, field, f"{path}, row {number}")
-        except DataError as error:
-            budget.forgive(error)
-            continue
-        yield found
+    if only is not None:
+        if only not in dataset.column_names:
+            raise missing(only, dataset.column_names, path)
+        dataset = dataset.select_columns([only])
+    return made(((row, f"{path}, row {number}") for number, row in enumerate(dataset, 1)), make, budget)
 
 
 def parse(path: str) -> tuple[str, str | None, str]:

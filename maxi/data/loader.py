@@ -9,15 +9,20 @@ that are short, so the share of each stays as configured. Grain imports jax, and
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from maxi.config import DataConfig, Source
-from maxi.data import cache
-from maxi.data.cache import TokenCache
-from maxi.data.rows import PackedRows, Row, blank_row
+from maxi.config import ChatConfig, DataConfig, Source
+from maxi.data import cache, documents
+from maxi.data.cache import Content, TokenCache
+from maxi.data.chat_template import ChatTemplate
+from maxi.data.examples import Examples, Kind
+from maxi.data.rows import Row, Rows
+from maxi.data.sample_rows import PairRows
+from maxi.data.texts import Texts
 from maxi.data.tokenizer import Tokenizer
 from maxi.errors import ConfigError, DataError
 
@@ -35,56 +40,69 @@ class Opened:
 
     source: Source
     side: str
+    content: Content
     cache: TokenCache
-    rows: PackedRows
+    rows: Rows
 
-    def describe(self) -> str:
+    @property
+    def fill(self) -> float:
+        """Real tokens over all tokens of the rows."""
+        return self.rows.real_tokens / max(len(self.rows) * self.rows.width, 1)
+
+    def describe(self) -> list[str]:
+        """What there is to know: sizes first, then what the content has to say of it."""
         meta = self.cache.meta
-        counts = f"{meta['documents']:,} documents, {meta['tokens']:,} tokens, {len(self.rows):,} rows"
+        counts = f"{meta['items']:,} {self.content.noun}, {meta['tokens']:,} tokens, {len(self.rows):,} rows"
+        fill = f", {self.fill:.1%} of them real tokens" if self.content.has_weights else ""
         skipped = f", {meta['skipped']} bad records skipped" if meta["skipped"] else ""
-        files = f"{meta['files']} file{'s' if meta['files'] != 1 else ''}, " if self.source.path != "python-docs" else ""
+        embedded = self.source.path in documents.EMBEDDED
+        files = "" if embedded else f"{meta['files']} file{'s' if meta['files'] != 1 else ''}, "
         origin = "tokenised now" if self.cache.built else "from the cache"
-        return f"{self.side} {self.source.path}: {files}{counts}{skipped} ({origin})"
+        first = f"{self.side} {self.source.path}: {files}{counts}{fill}{skipped} ({origin})"
+        return [first, *(f"  {line}" for line in self.content.describe(meta) if self.side != "held-out")]
 
 
 class Batches:
     """The training batches: `batch(step)` by random access, `iterate(step)` reading ahead."""
 
-    def __init__(self, opened: Sequence[Opened], *, seq_len: int, batch_size: int, seed: int):
+    def __init__(self, opened: Sequence[Opened], *, batch_size: int, seed: int):
         """Raises DataError when the sources have fewer rows than one batch, or one of them has none."""
-        self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
-        self._opened = tuple(opened)
+        self.opened, self.batch_size, self.seed, self.width = tuple(opened), batch_size, seed, opened[0].rows.width
         for entry in opened:
             if not len(entry.rows):
-                what = f"the source has {entry.cache.meta['tokens']} tokens, less than one row of {seq_len}"
+                what = f"the source has {entry.cache.meta['tokens']} tokens, less than one row of {self.width}"
                 raise DataError(what, entry.source.path, "lower seq_len, or give more text")
         if self.rows_per_epoch < batch_size:
-            what = f"{self.rows_per_epoch} rows of {seq_len} tokens do not fill a batch of {batch_size}"
+            what = f"{self.rows_per_epoch} rows of {self.width} tokens do not fill a batch of {batch_size}"
             raise DataError(
                 what, ", ".join(entry.source.path for entry in opened), "lower batch_size or seq_len, or give more text"
             )
-        self._mix = _mix(self._opened, seed)
+        self._mix = _mix(self.opened, seed)
 
     @property
     def rows_per_epoch(self) -> int:
         """Rows of all sources together. With several sources an epoch is that many rows of the mix, not each row once."""
-        return sum(len(entry.rows) for entry in self._opened)
+        return sum(len(entry.rows) for entry in self.opened)
 
     @property
     def tokens(self) -> int:
         """Tokens of all sources together."""
-        return sum(int(entry.cache.meta["tokens"]) for entry in self._opened)
+        return sum(int(entry.cache.meta["tokens"]) for entry in self.opened)
+
+    @property
+    def items(self) -> int:
+        """Documents, conversations or pairs of all sources together."""
+        return sum(int(entry.cache.meta["items"]) for entry in self.opened)
 
     @property
     def fingerprint(self) -> str:
-        """sha256 (hex) of what decides the order of rows and what is in them: content, weights, seq_len, seed."""
-        parts = [[entry.cache.fingerprint, entry.source.weight] for entry in self._opened]
-        across = [entry.rows.across_documents for entry in self._opened]
-        return hashlib.sha256(json.dumps([parts, across, self.seq_len, self.seed]).encode()).hexdigest()
+        """sha256 (hex) of what decides the order of rows and what is in them: content, weights, row length, seed."""
+        parts = [[entry.cache.fingerprint, entry.source.weight, entry.rows.layout] for entry in self.opened]
+        return hashlib.sha256(json.dumps([parts, self.width, self.seed]).encode()).hexdigest()
 
     def describe(self) -> list[str]:
-        """One line a source: files, documents, tokens, rows, and whether they came from the cache."""
-        return [entry.describe() for entry in self._opened]
+        """Of every source: files, documents, tokens, rows, whether they came from the cache, and what was done to them."""
+        return [line for entry in self.opened for line in entry.describe()]
 
     def batch(self, step: int, shard: int = 0, shards: int = 1) -> Batch:
         """Batch number `step` (from 0), or of it part `shard` of `shards`: arrays [B/shards, T] with the keys of a row.
@@ -110,9 +128,8 @@ class Batches:
 class EvalRows:
     """The evaluation batches, always the same rows in the same order."""
 
-    def __init__(self, opened: Sequence[Opened], *, seq_len: int, batch_size: int):
-        self.seq_len, self.batch_size = seq_len, batch_size
-        self._opened = tuple(opened)
+    def __init__(self, opened: Sequence[Opened], *, batch_size: int):
+        self.opened, self.batch_size = tuple(opened), batch_size
         self._offsets = np.cumsum([0, *(len(entry.rows) for entry in opened)])
 
     def __len__(self) -> int:
@@ -121,11 +138,11 @@ class EvalRows:
     def __getitem__(self, index: int) -> Row:
         """Row `index`, counted through the sources in their order."""
         which = int(np.searchsorted(self._offsets, index, side="right")) - 1
-        return self._opened[which].rows[index - int(self._offsets[which])]
+        return self.opened[which].rows[index - int(self._offsets[which])]
 
     def describe(self) -> list[str]:
-        """One line a source, as for training."""
-        return [entry.describe() for entry in self._opened]
+        """As for training."""
+        return [line for entry in self.opened for line in entry.describe()]
 
     def batches(self, max_rows: int, shard: int = 0, shards: int = 1) -> Iterator[Batch]:
         """At most `max_rows` rows, evenly spaced if there are more, in batches [B/shards, T]; the last is padded with
@@ -137,39 +154,67 @@ class EvalRows:
         for start in range(0, count, self.batch_size):
             mine = chosen[start + shard * size : min(start + (shard + 1) * size, start + self.batch_size)]
             rows = [self[int(index)] for index in mine]
-            yield stack(rows + [blank_row(self.seq_len)] * (size - len(rows)))
+            yield stack(rows + [self.opened[0].rows.blank()] * (size - len(rows)))
 
 
-def open_data(
-    data: DataConfig, tokenizer: Tokenizer, *, seq_len: int, batch_size: int, seed: int, log: Log
-) -> tuple[Batches, EvalRows | None]:
-    """Tokenises (or finds in the cache) all that a run reads; EvalRows is None when neither data.eval nor
-    data.eval_share is given. Raises DataError for sources that cannot be read or do not fill a batch."""
+def open_data(data: DataConfig, content: Content, *, batch_size: int, seed: int, log: Log) -> tuple[Batches, EvalRows | None]:
+    """Makes (or finds in the cache) all that a run reads; EvalRows is None when neither data.eval nor data.eval_share is
+    given. Raises DataError for sources that cannot be read or do not fill a batch."""
 
     def opened(source: Source, side: str) -> Opened:
         split = "eval" if side == "held-out" else "train" if side == "train" and data.eval_share else "all"
         found = cache.build(
             source,
-            tokenizer,
+            content,
             split=split,
             eval_share=data.eval_share,
             cache_dir=data.cache_dir,
-            workers=data.workers,
             skip_bad=data.skip_bad,
             log=log,
         )
-        keep = side != "train"
-        rows = PackedRows(found.tokens, found.ends, seq_len, across_documents=data.across_documents, keep_partial=keep)
-        return Opened(source, side, found, rows)
+        return Opened(source, side, content, found, content.rows(found, keep_partial=side != "train"))
 
     train = [opened(source, "train") for source in data.train]
     held_out = [opened(source, "held-out") for source in data.train if data.eval_share]
     evaluated = held_out + [opened(source, "eval") for source in data.eval]
     if evaluated and not any(len(entry.rows) for entry in evaluated):
         fix = "raise data.eval_share, give data.eval, or give more documents"
-        raise DataError("no document fell into the held-out share", "data.eval_share", fix)
-    batches = Batches(train, seq_len=seq_len, batch_size=batch_size, seed=seed)
-    return batches, EvalRows(evaluated, seq_len=seq_len, batch_size=batch_size) if evaluated else None
+        raise DataError(f"no {content.noun} fell into the held-out share", "data.eval_share", fix)
+    for entry in (pairs := pair_rows([*train, *evaluated])):
+        entry.pairs = max(other.most_items for other in pairs)  # rows that are stacked have room for as many pairs
+    batches = Batches(train, batch_size=batch_size, seed=seed)
+    return batches, EvalRows(evaluated, batch_size=batch_size) if evaluated else None
+
+
+@contextmanager
+def open_template(rows: str, chat: ChatConfig, tokenizer: Tokenizer) -> Iterator[ChatTemplate | None]:
+    """The template that conversations are rendered with; None where `rows` are documents.
+
+    From then on it is the tokenizer's own, and the token that ends its turns ends generations, so that what is saved and
+    served is what was trained. Raises ConfigError when there is none that can be used.
+    """
+    if rows == "documents":
+        yield None
+        return
+    with ChatTemplate(tokenizer, chat.template, chat.template_kwargs) as template:
+        tokenizer.chat_template = template.text
+        tokenizer.eos_ids = tuple(dict.fromkeys([template.end_token_id, *tokenizer.eos_ids]))
+        yield template
+
+
+def content_of(
+    rows: str, data: DataConfig, chat: ChatConfig, tokenizer: Tokenizer, template: ChatTemplate | None, seq_len: int
+) -> Content:
+    """What sources are made into: `rows` is documents, or conversations, preferences or labels, which need a template."""
+    if rows == "documents":
+        return Texts(tokenizer, seq_len=seq_len, across_documents=data.across_documents, processes=data.workers)
+    assert template is not None
+    return Examples(cast(Kind, rows), tokenizer, template, chat, seq_len)
+
+
+def pair_rows(opened: Sequence[Opened]) -> list[PairRows]:
+    """The rows among them that hold pairs: all or none."""
+    return [entry.rows for entry in opened if isinstance(entry.rows, PairRows)]
 
 
 def stack(rows: Sequence[Row]) -> Batch:

@@ -4,13 +4,35 @@ Documents are packed without a gap, as in GPT-3 (arXiv:2005.14165, section 2.3) 
 be kept inside a document. No state, no buffer: row i is cut out of the memory map when it is asked for.
 """
 
+from typing import Any, Protocol
+
 import numpy as np
 
 Row = dict[str, np.ndarray]
 
 
+class Rows(Protocol):
+    """Rows by random access: a Grain RandomAccessDataSource (`len(rows)`, `rows[i]`).
+
+    width: tokens of a row. layout: JSON that says how items become rows, part of a run's fingerprint. blank: a row that
+    is all padding, with the keys of the others. real_tokens: how many of all tokens are not padding.
+    """
+
+    width: int
+    layout: Any
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Row: ...
+
+    def blank(self) -> Row: ...
+
+    @property
+    def real_tokens(self) -> int: ...
+
+
 class PackedRows:
-    """Rows of `seq_len` tokens; a Grain RandomAccessDataSource (`len(rows)`, `rows[i]`)."""
+    """Rows of `seq_len` tokens; see `Rows`."""
 
     def __init__(
         self, tokens: np.ndarray, ends: np.ndarray, seq_len: int, *, across_documents: bool = False, keep_partial: bool = False
@@ -21,7 +43,7 @@ class PackedRows:
         then padded; otherwise what does not fill a row is left out.
         """
         self._tokens, self._ends = np.asarray(tokens), np.asarray(ends)
-        self._seq_len, self.across_documents = seq_len, across_documents
+        self.width, self.layout, self._across_documents = seq_len, {"across_documents": across_documents}, across_documents
         self._rows = -(-len(tokens) // seq_len) if keep_partial else len(tokens) // seq_len
 
     def __len__(self) -> int:
@@ -35,15 +57,15 @@ class PackedRows:
         """
         if not 0 <= index < self._rows:
             raise IndexError(f"row {index} of {self._rows}")
-        start = index * self._seq_len
-        stop = min(start + self._seq_len, len(self._tokens))
+        start = index * self.width
+        stop = min(start + self.width, len(self._tokens))
         count = stop - start
         # Where documents end inside the row, counted from its start: in (0, count].
         first, last = np.searchsorted(self._ends, (start, stop), side="right")
         cuts = self._ends[first:last] - start
-        if self.across_documents:
+        if self._across_documents:
             cuts = cuts[cuts + start == len(self._tokens)]
-        row = blank_row(self._seq_len)
+        row = self.blank()
         row["tokens"][:count] = self._tokens[start:stop]
         following = self._tokens[start + 1 : stop + 1]
         row["targets"][: len(following)] = following
@@ -55,6 +77,13 @@ class PackedRows:
         row["segments"][:count] = np.repeat(np.arange(1, len(begins) + 1), lengths)
         row["positions"][:count] = np.arange(count) - np.repeat(begins, lengths)
         return row
+
+    def blank(self) -> Row:
+        return blank_row(self.width)
+
+    @property
+    def real_tokens(self) -> int:
+        return min(len(self._tokens), len(self) * self.width)
 
 
 def blank_row(seq_len: int) -> Row:

@@ -23,7 +23,11 @@ _MAX_PENDING = 4
 
 class Tokenizer:
     """A fast tokenizer: `folder`, `vocab_size` (highest id + 1), `eos_id`, `eos_ids` (all that end a generation),
-    `pad_id` (eos when there is none), `chat_template`, and `backend`, the `tokenizers.Tokenizer` behind it."""
+    `pad_id` (eos when there is none), `chat_template`, and `backend`, the `tokenizers.Tokenizer` behind it.
+
+    `special_tokens`: text -> id of the tokens that are not text (flagged special, or ending a generation);
+    `named_tokens`: what chat templates know as `bos_token`, `eos_token` and the like -> text.
+    """
 
     def __init__(self, tokenizer: Any, folder: Path):
         """`tokenizer` is a fast transformers tokenizer. Raises ConfigError when it has no end-of-sequence token."""
@@ -39,6 +43,9 @@ class Tokenizer:
         self.eos_id = int(tokenizer.eos_token_id)
         self.eos_ids = _eos_ids(folder, self.eos_id)
         self.pad_id = self.eos_id if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+        added = self.backend.get_added_tokens_decoder()
+        self.special_tokens = {t.content: i for i, t in sorted(added.items()) if t.special or i in self.eos_ids}
+        self.named_tokens: dict[str, str] = dict(tokenizer.special_tokens_map)
         template = tokenizer.chat_template
         self.chat_template: str | None = template.get("default") if isinstance(template, dict) else template
 
@@ -131,9 +138,13 @@ class Tokenizer:
             self._fingerprint = hashlib.sha256(json.dumps([_canonical(parts), bulk], sort_keys=True).encode()).hexdigest()
         return self._fingerprint
 
-    def save(self, folder: str | Path) -> None:
-        """Writes the tokenizer's files into a folder, for transformers 4 and 5, vLLM, llama.cpp and Ollama alike."""
-        tokenizer_folder.save(self.folder, Path(folder), self.backend, self.chat_template, self.eos_id)
+    def save(self, folder: str | Path, chat_template: str | None = None) -> None:
+        """Writes the tokenizer's files into a folder, for transformers 4 and 5, vLLM, llama.cpp and Ollama alike.
+
+        `chat_template` takes the place of the tokenizer's own, so that what was trained with is served with.
+        """
+        template = self.chat_template if chat_template is None else chat_template
+        tokenizer_folder.save(self.folder, Path(folder), self.backend, template, self.eos_id)
 
 
 def _eos_ids(folder: Path, eos_id: int) -> tuple[int, ...]:

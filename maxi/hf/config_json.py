@@ -52,10 +52,10 @@ def generation_fields(
 ) -> dict[str, Any] | None:
     """generation_config.json: what is `given`, with all ids that end a generation. None where nothing is known."""
     fields = dict(given or {})
-    if fields.get("eos_token_id") is None:
-        ends = tokenizer.eos_ids if tokenizer else sorted(_ends(config))
-        if ends:
-            fields["eos_token_id"] = list(ends)
+    known = _ends(fields)
+    ends = tokenizer.eos_ids if tokenizer else sorted(known or _ends(config))
+    if ends and not known.issuperset(ends):  # a turn's end token may be new to a base model's list
+        fields["eos_token_id"] = list(dict.fromkeys([*ends, *sorted(known)]))
     if fields.get("pad_token_id") is None and tokenizer is not None:
         fields["pad_token_id"] = tokenizer.pad_id
     return fields or None

@@ -50,6 +50,7 @@ class _Places(NamedTuple):
     sin: jax.Array
     positions_BT: jax.Array
     segments_BT: jax.Array
+    contexts_BT: jax.Array | None = None
 
 
 def hidden(
@@ -59,10 +60,12 @@ def hidden(
     positions_BT: jax.Array,
     segments_BT: jax.Array,
     compute: Compute = Compute(),
+    contexts_BT: jax.Array | None = None,
 ) -> jax.Array:
-    """Final hidden states [B, T, D] in `compute.dtype` of packed rows; tokens, positions, segments int32 [B, T]."""
+    """Final hidden states [B, T, D] in `compute.dtype` of packed rows; tokens, positions, segments int32 [B, T], and
+    where answers share prompts contexts too (see `maxi.kernels.attention`)."""
     x_BTD = _embed(params, tokens_BT, compute)
-    places = _Places(*cos_sin(model.rope, positions_BT), positions_BT, segments_BT)
+    places = _Places(*cos_sin(model.rope, positions_BT), positions_BT, segments_BT, contexts_BT)
 
     def layer(x_BTD: jax.Array, weights: Tree, kind: LayerKind) -> jax.Array:
         return _layer(model, weights, kind, x_BTD, places, compute)[0]
@@ -122,7 +125,8 @@ def logprobs(
     model: Model, params: Tree, batch: dict[str, jax.Array], compute: Compute = Compute()
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each target and log-normaliser, float32 [B, T], of a batch as `maxi.data` makes it."""
-    h_BTD = hidden(model, params, batch["tokens"], batch["positions"], batch["segments"], compute)
+    places = batch["positions"], batch["segments"]
+    h_BTD = hidden(model, params, batch["tokens"], *places, compute, batch.get("contexts"))
     return token_logprobs(h_BTD, _head(params, compute), batch["targets"], compute.head)
 
 
@@ -228,6 +232,7 @@ def _attend(
         k_positions=k_positions,
         q_segments=places.segments_BT,
         k_segments=k_segments,
+        q_contexts=places.contexts_BT,
         window=kind.window,
         backend=compute.attention if slots is None else "reference",
     )

@@ -15,6 +15,7 @@ import pytest
 from maxi.config import Source
 from maxi.data import cache, workers
 from maxi.data.cache import TokenCache
+from maxi.data.texts import Texts
 from maxi.data.tokenizer import Tokenizer
 from maxi.errors import DataError, EnvironmentFault
 
@@ -39,7 +40,7 @@ def write(path: Path, texts: list[str]) -> None:
 
 def build(source: Source, tokenizer: Tokenizer, tmp_path: Path, **more: object) -> TokenCache:
     options: dict = {"cache_dir": tmp_path / "cache", "log": lambda _: None, **more}
-    return cache.build(source, tokenizer, **options)
+    return cache.build(source, Texts(tokenizer, seq_len=16, processes=options.pop("workers", 0)), **options)
 
 
 def docs(found: TokenCache, tokenizer: Tokenizer) -> list[str]:
@@ -53,7 +54,7 @@ def test_holds_every_document_and_its_end(source: Source, tokenizer: Tokenizer, 
     assert docs(found, tokenizer) == texts and found.built
     assert found.tokens.dtype == np.uint16 and isinstance(found.tokens, np.memmap)
     assert (found.tokens[found.ends - 1] == tokenizer.eos_id).all() and found.ends[-1] == len(found.tokens)
-    counts = {"documents": 300, "tokens": len(found.tokens), "text_bytes": sum(map(len, texts)), "files": 1, "skipped": 0}
+    counts = {"items": 300, "tokens": len(found.tokens), "text_bytes": sum(map(len, texts)), "files": 1, "skipped": 0}
     assert {key: found.meta[key] for key in counts} == counts
 
 
@@ -167,12 +168,12 @@ def test_two_builds_at_once_both_succeed(source: Source, tokenizer: Tokenizer, t
 def test_a_file_that_changes_meanwhile_is_refused(
     source: Source, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fill(*args: Any) -> None:
-        real(*args)
+    def items(*args: Any) -> Any:
+        yield from real(*args)
         write(Path(source.path) / "a.jsonl", ["other"])
 
-    real = cache._fill
-    monkeypatch.setattr(cache, "_fill", fill)
+    real = Texts.items
+    monkeypatch.setattr(Texts, "items", items)
     with pytest.raises(DataError, match="changed while it was read"):
         build(source, tokenizer, tmp_path)
 

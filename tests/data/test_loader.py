@@ -15,6 +15,7 @@ import pytest
 from maxi.config import DataConfig, Source
 from maxi.data import loader
 from maxi.data.loader import Batches, EvalRows
+from maxi.data.texts import Texts
 from maxi.data.tokenizer import Tokenizer
 from maxi.errors import ConfigError, DataError
 
@@ -37,7 +38,8 @@ def data(paths: list[str], tmp_path: Path, **more: object) -> DataConfig:
 
 def opened(config: DataConfig, tokenizer: Tokenizer, **more: int) -> tuple[Batches, EvalRows | None]:
     options = {"seq_len": T, "batch_size": B, "seed": 7, **more}
-    return loader.open_data(config, tokenizer, log=lambda _: None, **options)
+    content = Texts(tokenizer, seq_len=options.pop("seq_len"), across_documents=config.across_documents)
+    return loader.open_data(config, content, log=lambda _: None, **options)
 
 
 def same(a: loader.Batch, b: loader.Batch) -> bool:
@@ -84,7 +86,7 @@ def test_every_epoch_covers_every_row_once_in_a_new_order(paths: list[str], tmp_
     assert rows % B  # epochs do not end with a batch
     stream = [key for batch in islice(batches.iterate(), 3 * rows // B + 3) for key in keys(batch)]
     orders = [stream[epoch * rows : (epoch + 1) * rows] for epoch in range(3)]
-    expected = Counter(batches._opened[0].rows[i]["tokens"].tobytes() for i in range(rows))
+    expected = Counter(batches.opened[0].rows[i]["tokens"].tobytes() for i in range(rows))
     assert all(Counter(order) == expected for order in orders)
     assert orders[0] != orders[1] != orders[2]
 
@@ -102,12 +104,12 @@ def test_seed_and_neighbouring_seeds(paths: list[str], tmp_path: Path, tokenizer
 def test_mixing_follows_the_weights_and_repeats_the_short(paths: list[str], tmp_path: Path, tokenizer: Tokenizer) -> None:
     sources = (Source(path=paths[0], weight=1.0), Source(path=paths[1], weight=3.0))
     batches, _ = opened(data([], tmp_path, train=sources), tokenizer)
-    mine = [{entry.rows[i]["tokens"].tobytes() for i in range(len(entry.rows))} for entry in batches._opened]
+    mine = [{entry.rows[i]["tokens"].tobytes() for i in range(len(entry.rows))} for entry in batches.opened]
     seen = [key for batch in islice(batches.iterate(), 200) for key in keys(batch)]
     assert not mine[0] & mine[1]
     assert abs(sum(key in mine[1] for key in seen) / len(seen) - 0.75) < 0.01
-    assert len(seen) * 0.75 > 2 * len(batches._opened[1].rows)  # b was read more than twice
-    assert batches.rows_per_epoch == sum(map(len, (entry.rows for entry in batches._opened)))
+    assert len(seen) * 0.75 > 2 * len(batches.opened[1].rows)  # b was read more than twice
+    assert batches.rows_per_epoch == sum(map(len, (entry.rows for entry in batches.opened)))
 
 
 def test_fingerprint_follows_what_is_read(paths: list[str], tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -153,7 +155,7 @@ def test_eval_rows_are_fixed_evenly_spaced_and_padded(paths: list[str], tmp_path
     full = list(rows.batches(10**6))
     assert len(full) == -(-len(rows) // B) and all(batch["tokens"].shape == (B, T) for batch in full)
     weight = sum(batch["loss_weight"].sum() for batch in full)
-    assert weight == sum(int(e.cache.meta["tokens"]) - int(e.cache.meta["documents"]) for e in rows._opened)  # nothing is lost
+    assert weight == sum(int(e.cache.meta["tokens"]) - int(e.cache.meta["items"]) for e in rows.opened)  # nothing is lost
     some = [row for batch in rows.batches(10) for row in batch["tokens"]]
     picked = [rows[i * len(rows) // 10]["tokens"] for i in range(10)]
     assert np.array_equal(some[:10], picked) and len(some) == 12
@@ -167,9 +169,9 @@ def test_eval_rows_are_fixed_evenly_spaced_and_padded(paths: list[str], tmp_path
 def test_held_out_rows_come_from_the_same_sources(paths: list[str], tmp_path: Path, tokenizer: Tokenizer) -> None:
     batches, rows = opened(data(paths, tmp_path, eval_share=0.25), tokenizer)
     assert rows is not None and [line.split()[0] for line in rows.describe()] == ["held-out", "held-out"]
-    documents = [int(e.cache.meta["documents"]) for e in (*batches._opened, *rows._opened)]
+    documents = [int(e.cache.meta["items"]) for e in (*batches.opened, *rows.opened)]
     assert sum(documents) == 52 and all(documents)
-    with pytest.raises(DataError, match="no document fell into the held-out share"):
+    with pytest.raises(DataError, match="no documents fell into the held-out share"):
         opened(data(paths[:1], tmp_path, eval_share=1e-9), tokenizer)
 
 

@@ -10,7 +10,7 @@ import pytest
 from maxi.errors import ConfigError
 from maxi.kernels.attention import BACKENDS, attention
 
-# B, T, N, K, H, window, segment runs of every row (0 is padding)
+# B, T, N, K, H, window, segment runs of every row (negative: padding; a pair: a run that also sees the run of that number)
 CASES = {
     "one document": (1, 64, 4, 4, 16, None, [64]),
     "several blocks": (2, 300, 4, 2, 16, None, [300]),
@@ -23,6 +23,8 @@ CASES = {
     "window, packed": (2, 280, 4, 2, 16, 130, [140, 60, -80]),
     "window of one": (1, 20, 2, 1, 8, 1, [20]),
     "single token": (1, 1, 2, 1, 8, None, [1]),
+    "shared prompts": (2, 300, 4, 2, 16, None, [100, (40, 1), (60, 1), 30, (1, 4), (59, 4), -10]),
+    "shared prompts, window": (1, 420, 4, 2, 16, 90, [80, (200, 1), (100, 1), -40]),
 }
 
 
@@ -31,14 +33,18 @@ def _inputs(name: str, dtype: str = "float32"):
     rng = np.random.default_rng(sum(map(ord, name)))
     shapes = ((B, T, N, H), (B, T, K, H), (B, T, K, H))
     q, k, v = (jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
-    segments = np.concatenate([np.full(abs(run), i + 1 if run > 0 else 0) for i, run in enumerate(runs)])
-    positions = np.concatenate([np.arange(abs(run)) for run in runs])
-    places = tuple(jnp.asarray(np.broadcast_to(a, (B, T)), jnp.int32) for a in (positions, segments))
+    sizes = [run[0] if isinstance(run, tuple) else abs(run) for run in runs]
+    seen = [run[1] if isinstance(run, tuple) else 0 for run in runs]
+    numbers = [0 if isinstance(run, int) and run < 0 else i + 1 for i, run in enumerate(runs)]
+    segments, contexts = np.repeat(numbers, sizes), np.repeat(seen, sizes)
+    positions = np.concatenate([np.arange(n) + (sizes[c - 1] if c else 0) for n, c in zip(sizes, seen, strict=True)])
+    arrays = (positions, segments, contexts) if any(seen) else (positions, segments)
+    places = tuple(jnp.asarray(np.broadcast_to(a, (B, T)), jnp.int32) for a in arrays)
     return q, k, v, places, window
 
 
 def _call(q, k, v, places, window, backend):
-    positions, segments = places
+    positions, segments, *contexts = places
     return attention(
         q,
         k,
@@ -47,6 +53,7 @@ def _call(q, k, v, places, window, backend):
         k_positions=positions,
         q_segments=segments,
         k_segments=segments,
+        q_contexts=contexts[0] if contexts else None,
         window=window,
         backend=backend,
     )
@@ -55,13 +62,15 @@ def _call(q, k, v, places, window, backend):
 def _by_hand(q, k, v, places, window) -> np.ndarray:
     """Loops in float64, from the words of the docstring."""
     q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
-    positions, segments = (np.asarray(a) for a in places)
+    positions, segments, *others = (np.asarray(a) for a in places)
+    contexts = others[0] if others else np.zeros_like(segments)
     B, T, N, H = q.shape
     out = np.zeros_like(q)
     for b in range(B):
         for t in range(T):
             distance = positions[b, t] - positions[b]
-            seen = (segments[b] == segments[b, t]) & (segments[b] != 0) & (distance >= 0)
+            mine = (segments[b] == segments[b, t]) | (segments[b] == contexts[b, t])
+            seen = mine & (segments[b] != 0) & (distance >= 0)
             if window is not None:
                 seen &= distance < window
             if not seen.any():

@@ -12,11 +12,19 @@ def why_not(q_BTNH: jax.Array, k_BSKH: jax.Array) -> str | None:  # noqa: ARG001
 
 
 def visible(
-    q_positions: jax.Array, k_positions: jax.Array, q_segments: jax.Array, k_segments: jax.Array, window: int | None
+    q_positions: jax.Array,
+    k_positions: jax.Array,
+    q_segments: jax.Array,
+    k_segments: jax.Array,
+    q_contexts: jax.Array | None,
+    window: int | None,
 ) -> jax.Array:
     """Boolean [B, T, S]: which keys [B, S] a query [B, T] sees. The one definition of the mask."""
     distance = q_positions[:, :, None] - k_positions[:, None, :]
-    seen = (q_segments[:, :, None] == k_segments[:, None, :]) & (k_segments[:, None, :] != 0) & (distance >= 0)
+    same = q_segments[:, :, None] == k_segments[:, None, :]
+    if q_contexts is not None:
+        same |= q_contexts[:, :, None] == k_segments[:, None, :]
+    seen = same & (k_segments[:, None, :] != 0) & (distance >= 0)
     return seen if window is None else seen & (distance < window)
 
 
@@ -29,6 +37,7 @@ def run(
     q_segments: jax.Array,
     k_segments: jax.Array,
     *,
+    q_contexts: jax.Array | None,
     window: int | None,
     scale: float,
 ) -> jax.Array:
@@ -37,7 +46,7 @@ def run(
     K = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     scores = scale * jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
-    mask = visible(q_positions, k_positions, q_segments, k_segments, window)[:, None, None]
+    mask = visible(q_positions, k_positions, q_segments, k_segments, q_contexts, window)[:, None, None]
     weights = jnp.where(mask, jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1), 0.0)
     out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v_BSKH.dtype), v_BSKH, preferred_element_type=jnp.float32)
     return out_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype)

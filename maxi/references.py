@@ -1,0 +1,133 @@
+"""What the reference model says of every answer: computed once before training, kept on disk, put into the rows.
+
+Training then never holds a second model. A file is named by all that decides its numbers: the reference's weights, the
+ids and weights of the answers (so also tokenizer, template and policies), how long they may be, and the dtype of the
+computation. Under another name it cannot be found, and a run remembers which weights it began with, so a stale one is
+refused.
+"""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from maxi.data import cache
+from maxi.data.loader import Opened, stack
+from maxi.data.sample_rows import PairRows
+from maxi.errors import DataError, EnvironmentFault
+from maxi.models import Model, decoder
+from maxi.models.decoder import Compute
+from maxi.objectives.branches import branch_logprobs
+from maxi.params import Tree
+from maxi.step import Batch, put
+
+log = logging.getLogger("maxi")
+
+FORMAT = 1
+"""Raised when the same inputs would give other numbers."""
+
+SAY_EVERY = 30.0
+"""Seconds between lines that tell how far it is."""
+
+
+def fingerprint(params: Tree) -> str:
+    """sha256 (hex) of all weights, in the order of their paths, one in memory at a time."""
+    sha = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        sha.update(f"{jax.tree_util.keystr(path)} {leaf.dtype}{leaf.shape}".encode())
+        sha.update(np.asarray(leaf).tobytes())
+    return sha.hexdigest()
+
+
+def attach(
+    opened: list[Opened],
+    weights: str,
+    params: Callable[[], Tree],
+    model: Model,
+    *,
+    compute: Compute,
+    devices: Mesh,
+    batch_size: int,
+    cache_dir: str | None,
+) -> None:
+    """Gives the rows of every source their reference log-probabilities, from disk or computed now.
+
+    weights: the fingerprint of the reference; params: its weights, asked for only when something has to be computed.
+    batch_size: rows at a time. Raises EnvironmentFault when the folder cannot be written, DataError when a
+    log-probability is not finite.
+    """
+    folder = Path(cache_dir).expanduser() / "references" if cache_dir else cache.default_dir().parent / "references"
+    found: Tree | None = None
+    for entry in opened:
+        rows = entry.rows
+        assert isinstance(rows, PairRows)
+        file = folder / f"{_key(entry, rows, weights, compute)}.npy"
+        rows.reference = _read(file, len(rows.sizes))
+        if rows.reference is not None:
+            log.info("reference: %s, %d pairs from the cache", entry.source.path, len(rows.sizes))
+            continue
+        found = params() if found is None else found
+        rows.reference = _compute(entry, rows, found, model, compute, devices, batch_size)
+        _write(file, rows.reference)
+
+
+def _key(entry: Opened, rows: PairRows, weights: str, compute: Compute) -> str:
+    parts = [FORMAT, weights, entry.cache.fingerprint, rows.width, jnp.dtype(compute.dtype).name]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _read(file: Path, items: int) -> np.ndarray | None:
+    """None when it is not there or not whole."""
+    try:
+        found = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return found if found.shape == (items, 2) and found.dtype == np.float32 and np.isfinite(found).all() else None
+
+
+def _write(file: Path, values: np.ndarray) -> None:
+    aside = file.with_name(f".{file.name}.{time.time_ns()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with aside.open("wb") as out:
+            np.save(out, values)
+        aside.replace(file)
+    except OSError as error:
+        fix = "free space, or name another place with data.cache_dir"
+        raise EnvironmentFault(f"cannot keep the reference, {error.strerror}", str(file.parent), fix) from None
+
+
+def _compute(
+    entry: Opened, rows: PairRows, params: Tree, model: Model, compute: Compute, devices: Mesh, batch_size: int
+) -> np.ndarray:
+    """Float32 [items, 2]: the log-probability of both branches of every item."""
+    values = np.zeros((len(rows.sizes), 2), np.float32)
+    said = begin = time.monotonic()
+    of_batch = jax.jit(partial(_of_batch, model, compute))
+    for start in range(0, len(rows), batch_size):
+        numbers = range(start, min(start + batch_size, len(rows)))
+        batch = stack([rows[number] for number in numbers] + [rows.blank()] * (batch_size - len(numbers)))
+        both = np.asarray(of_batch(params, put(batch, devices)))
+        for number, pairs_of_row in zip(numbers, both, strict=False):
+            items = rows.items(number)
+            values[items] = pairs_of_row[: len(items)]
+        if time.monotonic() - said > SAY_EVERY:
+            said = time.monotonic()
+            log.info("reference: %s, %d of %d rows", entry.source.path, numbers.stop, len(rows))
+    if not np.isfinite(values).all():
+        fix = "the reference model is damaged, or its dtype overflows"
+        raise DataError("a reference log-probability is not finite", entry.source.path, fix)
+    log.info("reference: %s, %d pairs computed in %.1f s", entry.source.path, len(values), time.monotonic() - begin)
+    return values
+
+
+def _of_batch(model: Model, compute: Compute, params: Tree, batch: Batch) -> jax.Array:
+    return jnp.stack(branch_logprobs(decoder.logprobs(model, params, batch, compute)[0], batch), -1)
