@@ -54,6 +54,8 @@ class Source:
     """Share of rows drawn from this source, relative to the others."""
     field: str = "text"
     """The column or JSON field that holds the text."""
+    limit: Count | None = None
+    """Read this many documents or rows from its beginning, and no more."""
     fields: dict[str, str] = Field(default_factory=dict)
     """For conversations: what the usual fields are called here, e.g. {question: q, answer: a}; common layouts need none."""
 
@@ -471,6 +473,9 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
         return ConfigError(f"unknown key {key!r}{more}", where, fix)
     if first["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return ConfigError(f"the key {key!r} is missing{more}", where, f"add {key.split('.')[-1]}: ...")
+    if first["type"] == "union_tag_invalid":
+        what, known = f"{key}.name: there is no objective {first['ctx']['tag']!r}", first["ctx"]["expected_tags"]
+        return ConfigError(what, where, f"use one of {known}")
     given = first["input"]
     got = f"{given!r} ({type(given).__name__})" if not isinstance(given, dict | list) else f"a {type(given).__name__}"
     return ConfigError(f"{key}: {first['msg']}, not {got[:80]}{more}", where, f"`maxi config --help` describes {key}")

@@ -99,16 +99,16 @@ def test_the_same_lines_give_the_same_answers_and_another_try_others(loaded: Loa
 
 
 class Interrupting(io.StringIO):
-    """Presses Ctrl-C when `pieces` pieces have been written."""
+    """Presses Ctrl-C, or sends another signal, when `pieces` pieces have been written."""
 
-    def __init__(self, pieces: int):
+    def __init__(self, pieces: int, number: signal.Signals = signal.SIGINT):
         super().__init__()
-        self.left = pieces
+        self.left, self.number = pieces, number
 
     def write(self, text: str) -> int:
         self.left -= 1
         if self.left == 0:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(self.number)
         return super().write(text)
 
 
@@ -123,6 +123,17 @@ def test_an_interrupt_ends_the_answer_and_keeps_what_was_said(loaded: Loaded, te
     again = said(loaded, template, [*turn("the cat", kept), *conversation("again")], **how)
     assert rest == f"{visible(again)}\n--- cut at 40 tokens\n"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_request_to_terminate_is_passed_on(loaded: Loaded) -> None:
+    """It ends the answer first, then does what it would have done at once."""
+    out, got = Interrupting(2, signal.SIGTERM), []
+    before = signal.signal(signal.SIGTERM, lambda *_: got.append(out.getvalue()))
+    try:
+        run_chat(loaded.folder, Sampling(max_new_tokens=40), source=io.StringIO("the cat\n"), out=out)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert got == [out.getvalue()] and out.getvalue().endswith("\n") and "cut" not in out.getvalue()
 
 
 class Typed(io.StringIO):

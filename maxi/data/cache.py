@@ -149,7 +149,8 @@ def _identity(source: Source, content: Content, share: float) -> dict[str, Any]:
         for file, size in zip(paths, sizes, strict=True):
             entry = [str(file.absolute()), size]
             files.append([*entry, _hash_file(file) if sum(sizes) <= HASHED_BYTES else file.stat().st_mtime_ns])
-    return {"format": FORMAT, "files": files, "content": content.identity(source), "eval_share": share}
+    made = {"content": content.identity(source), "limit": source.limit, "eval_share": share}
+    return {"format": FORMAT, "files": files, **made}
 
 
 def _hash(tree: Any) -> str:

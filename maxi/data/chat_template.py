@@ -5,9 +5,10 @@
 
 Guaranteed: the text is what transformers' `apply_chat_template` gives for the same messages, tools and variables. A turn
 is all that the template writes for a message of the assistant (its thinking and its calls too), from the end of the
-generation prompt to the end of the token that ends the turn. Turns come in order and do not overlap; a message that the
-template leaves out has none. `{% generation %}` tags count for nothing: few templates have them, and those that have do
-not agree on whether the end token is inside.
+generation prompt to the end of the token that ends the turn; where the template has no generation prompt, the model
+must say the header of its turn too. Turns come in order and do not overlap; a message that the template leaves out has
+none. `{% generation %}` tags count for nothing: few templates have them, and those that have do not agree on whether
+the end token is inside.
 
 Refused with DataError, so that nothing wrong is ever learned: messages that spell a control token, which would fake a
 turn; a turn that no control token ends; a turn whose place the template does not show; and what the template raises for.

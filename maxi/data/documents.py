@@ -3,6 +3,7 @@
 import glob
 from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from maxi.config import Source
@@ -50,23 +51,23 @@ def files(source: Source) -> list[Path]:
 
 
 def read(source: Source, skip_bad: Budget) -> Iterator[Document]:
-    """The documents of a source, file after file, record after record.
+    """The documents of a source, file after file, record after record, up to its `limit`.
 
     Raises DataError (file, line, fix) for what cannot be read; up to `skip_bad.allowed` bad records are passed over
     and counted instead.
     """
     if source.path == PYTHON_DOCS:
-        return python_docs.documents()
-    return _each(source, partial(document_of, source.field), skip_bad, source.field)
+        return islice(python_docs.documents(), source.limit)
+    return islice(_each(source, partial(document_of, source.field), skip_bad, source.field), source.limit)
 
 
 def records(source: Source, make: Make[T], budget: Budget) -> Iterator[T]:
-    """Every record of a source, all its fields, through `make(record, where)`, file after file.
+    """Every record of a source, all its fields, through `make(record, where)`, file after file, up to its `limit`.
 
     `source.field` means nothing here. Raises DataError for what cannot be read and for .txt files, which hold no
     records; a record that is malformed or that `make` refuses goes to the budget.
     """
-    return _each(source, make, budget, None)
+    return islice(_each(source, make, budget, None), source.limit)
 
 
 def _each(source: Source, make: Make[T], budget: Budget, only: str | None) -> Iterator[T]:

@@ -48,22 +48,22 @@ def _texts(path: Path) -> Iterator[tuple[str, str]]:
     something to choose from. CRLF and CR become LF; a byte-order mark and the last line end are dropped.
     """
     held: list[str] = []
-    first, size = 1, 0
+    first, size, name = 1, 0, str(path)
     for number, raw in streams.lines(path):
-        line = streams.decode(raw, f"{path}:{number}").removesuffix("\r").replace("\r", "\n")
+        line = streams.decode(raw, f"{name}:{number}").removesuffix("\r").replace("\r", "\n")
         ends = line == SEPARATOR
         if ends or (held and size + len(line) > TEXT_PIECE):
             blank = 0 if ends else next((i + 1 for i in reversed(range(len(held))) if not held[i].strip()), 0)
             cut = blank or len(held)
             text, held = "\n".join(held[:cut]), held[cut:]
             if text.strip():
-                yield text, f"{path}:{first}"
+                yield text, f"{name}:{first}"
             first, size = number + ends - len(held), sum(len(line) + 1 for line in held)
         if not ends:
             held.append(line)
             size += len(line) + 1
     if "".join(held).strip():
-        yield "\n".join(held), f"{path}:{first}"
+        yield "\n".join(held), f"{name}:{first}"
 
 
 def read_jsonl(path: Path, make: Make[T], budget: Budget, _only: str | None) -> Iterator[T]:
@@ -90,7 +90,8 @@ def read_json(path: Path, make: Make[T], budget: Budget, only: str | None) -> It
 
 
 def read_parquet(path: Path, make: Make[T], budget: Budget, only: str | None) -> Iterator[T]:
-    """Rows, streamed a few at a time; with `only`, that column alone, refused at once when it is not text."""
+    """Rows, streamed a few at a time, without columns of times; with `only`, that column alone, refused at once when it is
+    not text."""
     return made(_rows(path, only), make, budget)
 
 
@@ -101,30 +102,37 @@ def _rows(path: Path, only: str | None) -> Iterator[tuple[Any, str]]:
     number, name = 0, str(path)
     try:
         with pq.ParquetFile(path) as file:
-            if only is not None:
-                _check_text(file.schema_arrow, only, name)
-            for batch in file.iter_batches(256, columns=None if only is None else [only]):
+            for batch in file.iter_batches(256, columns=_columns(file.schema_arrow, only, name)):
                 rows = batch.to_pylist() if only is None else ({only: text} for text in batch.column(0).to_pylist())
                 for row in rows:
                     number += 1
                     yield row, f"{name}, row {number}"
+    except DataError:
+        raise
     except UnicodeDecodeError:
         column, where = "a column" if only is None else f"the column {only!r}", f"{name}, rows {number + 1} to {number + 256}"
         raise DataError(f"{column} is not UTF-8", where, "write it again as UTF-8") from None
     except (pa.ArrowException, OSError) as error:
         what = f"the parquet file is truncated or damaged, {str(error)[:200]}"
         raise DataError(what, f"{name}, after row {number}", "copy or download it again") from None
+    except (ValueError, OverflowError) as error:
+        what = f"a value cannot be read, {str(error)[:200]}"
+        raise DataError(what, f"{name}, after row {number}", "drop its column") from None
 
 
-def _check_text(schema: Any, column: str, where: str) -> None:
+def _columns(schema: Any, only: str | None, where: str) -> list[str]:
+    """`only`, which must be text; or all but times, which say nothing to a model and do not all fit into Python's."""
     from pyarrow import types
 
-    if column not in schema.names:
-        raise missing(column, schema.names, where)
-    kind = schema.field(column).type
+    if only is None:
+        return [field.name for field in schema if not types.is_temporal(field.type)]
+    if only not in schema.names:
+        raise missing(only, schema.names, where)
+    kind = schema.field(only).type
     kind = kind.value_type if types.is_dictionary(kind) else kind
     if not any(test(kind) for test in (types.is_string, types.is_large_string, types.is_string_view)):
-        raise DataError(f"the column {column!r} holds {kind}, not text", where, "name a column of text with field:")
+        raise DataError(f"the column {only!r} holds {kind}, not text", where, "name a column of text with field:")
+    return [only]
 
 
 READERS: dict[str, Reader] = {

@@ -8,19 +8,18 @@ message of which row; None counts as absent, because parquet fills in what a row
 """
 
 import json
-import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from maxi.data.records import kind, missing, not_an_object, shown, surrogate
+from maxi.data.records import kind, not_an_object, shown, surrogate
 from maxi.errors import ConfigError, DataError
 
 Message = dict[str, Any]
 """role (system, user, assistant, tool) and content (text); perhaps tool_calls, reasoning_content, name, tool_call_id."""
 
-Turn = tuple[Message, float | None]
-"""A message, and what the row said of its weight in the loss."""
+_Turn = tuple[Message, float | None]  # a message, and what the row said of its weight in the loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,9 +139,7 @@ def labelled_of(record: Any, where: str, fields: Mapping[str, str] = {}, categor
 
 
 def _is_answered(messages: Sequence[Message], prompt: int) -> bool:
-    if not 0 < prompt < len(messages):
-        return False
-    return messages[prompt - 1]["role"] in ("user", "tool") and messages[prompt]["role"] == "assistant"
+    return prompt < len(messages) and messages[prompt]["role"] == "assistant"  # who only follows users and tools
 
 
 class _Row:
@@ -165,55 +162,55 @@ class _Row:
 
     def layout(self, layouts: Sequence[tuple[str, ...]], what: str) -> tuple[str, ...]:
         """The first whose fields are all there, those that were mapped before others."""
-        found = [names for names in layouts if all(self._values.get(name) is not None for name in names)]
+        found = [names for names in layouts if all(map(self._has, names))]
         if found:
             return max(found, key=lambda names: sum(name in self._fields for name in names))
+        if there := [names for names in layouts if all(name in self._values for name in names)]:
+            names = max(there, key=lambda names: sum(self._has(name) for name in names))
+            null = next(name for name in names if not self._has(name))
+            raise self.fault(f"the field {self._called(null)!r} is null")
         accepted = ", ".join(" + ".join(names) for names in layouts)
-        for names in layouts:
-            if all(name in self._values for name in names):
-                null = next(name for name in names if self._values[name] is None)
-                raise self.fault(f"the field {self._fields.get(null, null)!r} is null")
         what = f"there is no {what} in the fields {shown(list(self._record))}"
         raise self.fault(what, f"accepted are {accepted}; other names are mapped with fields")
 
-    def opening(self, name: str) -> list[Turn]:
+    def opening(self, name: str) -> list[_Turn]:
         """The system's message and what the field `name` says before the answer."""
         if name == "instruction":
-            asked = [self._text(self._values[part], f"the field {part!r}") for part in (name, "input") if self._has(part)]
-            return [*self.system(), *self._history(), _turn("user", "\n".join(part for part in asked if part))]
+            asked = filter(None, map(self._field, (name, "input")))
+            return [*self.system(), *self._history(), _says("user", "\n".join(asked))]
         turns = self.messages(name, "user" if name in ("prompt", "question") else None)
         if name == "prompt":
             turns = [(m, 0.0 if weight is None and m["role"] == "assistant" else weight) for m, weight in turns]
         return [*self.system(), *turns]
 
-    def answer(self, names: tuple[str, ...]) -> list[Turn]:
+    def answer(self, names: tuple[str, ...]) -> list[_Turn]:
         """What the second field of a layout says, if there is one."""
         return [turn for name in names[1:] for turn in self.messages(name, "assistant")]
 
-    def system(self) -> list[Turn]:
-        text = self._text(self._values["system"], "the field 'system'") if self._has("system") else ""
-        return [_turn("system", text)] if text else []
+    def system(self) -> list[_Turn]:
+        text = self._field("system")
+        return [_says("system", text)] if text else []
 
     def label(self) -> bool:
         if "label" not in self._values:
-            raise missing(self._fields.get("label", "label"), list(self._record), self._where)
+            raise self._absent(self._called("label"))
         label = self._values["label"]
         if not isinstance(label, int) or label not in (0, 1):
-            raise self.fault(f"the field 'label' is {_seen(label)}, not true or false")
+            raise self.fault(f"the field {self._called('label')!r} is {_seen(label)}, not true or false")
         return bool(label)
 
-    def messages(self, name: str, role: str | None) -> list[Turn]:
+    def messages(self, name: str, role: str | None) -> list[_Turn]:
         """What a field says, at least one message. With a role, a text is what it says, and an object is one message."""
-        value = self._values[name]
+        value, field = self._values[name], f"the field {self._called(name)!r}"
         if role and isinstance(value, str):
-            return [_turn(role, self._text(value, f"the field {name!r}"))]
+            return [_says(role, self._text(value, field))]
         if role and isinstance(value, Mapping):
             value = [value]
         if not isinstance(value, list | tuple):
-            raise self.fault(f"the field {name!r} is {kind(value)}, not a list of messages")
+            raise self.fault(f"{field} is {kind(value)}, not a list of messages")
         if not value:
-            raise self.fault(f"the field {name!r} has no messages")
-        return [self._turn(message, f"message {number} of {name!r}") for number, message in enumerate(value, 1)]
+            raise self.fault(f"{field} has no messages")
+        return [self._turn(message, f"message {number} of {self._called(name)!r}") for number, message in enumerate(value, 1)]
 
     def check_prompt(self, common: Sequence[Message]) -> None:
         """Raises DataError when the field `prompt`, redundant beside whole conversations, is not what they begin with."""
@@ -223,12 +220,12 @@ class _Row:
         if isinstance(self._values["prompt"], str):
             same = told[0]["content"] == [message["content"] for message in common if message["role"] == "user"][-1]
         else:
-            start = common[0]["role"] == "system" != told[0]["role"]
-            same = list(common[start : start + len(told)]) == told
+            common = common[1:] if common[0]["role"] == "system" != told[0]["role"] else common
+            same = list(common[: len(told)]) == told
         if not same:
             raise self.fault("the field 'prompt' is not what chosen and rejected answer")
 
-    def conversation(self, turns: list[Turn]) -> Conversation:
+    def conversation(self, turns: list[_Turn]) -> Conversation:
         """The turns in a checked order, without those that no assistant answers."""
         before = None
         for number, (message, _) in enumerate(turns, 1):
@@ -245,15 +242,25 @@ class _Row:
         messages, weights = zip(*turns[:end], strict=True)
         return Conversation(messages, self._where, weights, self._tools(), self._category_value())
 
+    def _absent(self, name: str) -> DataError:
+        return self.fault(f"there is no field {name!r}, only {shown(list(self._record))}", "name another, or add it to the row")
+
+    def _called(self, name: str) -> str:
+        return self._fields.get(name, name)
+
     def _has(self, name: str) -> bool:
         return self._values.get(name) is not None
 
-    def _history(self) -> Iterable[Turn]:
-        for pair in self._values.get("history") or ():
+    def _field(self, name: str) -> str:
+        return self._text(self._values[name], f"the field {self._called(name)!r}") if self._has(name) else ""
+
+    def _history(self) -> Iterable[_Turn]:
+        history = self._values["history"] if self._has("history") else []
+        for pair in history if isinstance(history, list) else [history]:
             if not isinstance(pair, list | tuple) or len(pair) != 2:
                 raise self.fault("the field 'history' is not a list of [user, assistant] pairs")
             for role, text in zip(("user", "assistant"), pair, strict=True):
-                yield _turn(role, self._text(text, "a text in 'history'"))
+                yield _says(role, self._text(text, "a text in 'history'"))
 
     def _tools(self) -> list[Any] | None:
         given = self._values.get("tools")
@@ -266,7 +273,7 @@ class _Row:
         if self._category is None:
             return None
         if self._category not in self._record:
-            raise missing(self._category, list(self._record), self._where)
+            raise self._absent(self._category)
         value = self._record[self._category]
         if not isinstance(value, str | int | None):
             raise self.fault(f"the category {self._category!r} is {kind(value)}, not text")
@@ -274,7 +281,7 @@ class _Row:
 
     # --- messages ---
 
-    def _turn(self, raw: Any, place: str) -> Turn:
+    def _turn(self, raw: Any, place: str) -> _Turn:
         if not isinstance(raw, Mapping):
             raise self.fault(f"{place} is {kind(raw)}, not an object")
         said = {name: value for name, value in raw.items() if value is not None}
@@ -295,8 +302,7 @@ class _Row:
         return message, self._weight(said, place)
 
     def _first(self, said: Mapping[str, Any], name: str, other: str) -> Any:
-        name = self._fields.get(name, name)
-        return said[name] if name in said else said.get(other)
+        return said.get(self._called(name), said.get(other))
 
     def _content(self, content: Any, place: str) -> str:
         if not isinstance(content, list):
@@ -330,7 +336,11 @@ class _Row:
             if name == "train":
                 fits = isinstance(value, bool)
             else:
-                fits = isinstance(value, int | float) and 0 <= value < math.inf and (name == "loss_weight" or value in (0, 1))
+                fits = (
+                    isinstance(value, int | float)
+                    and 0 <= value <= sys.float_info.max
+                    and (name == "loss_weight" or value in (0, 1))
+                )
             if not fits:
                 raise self.fault(f"the {name} of {place} is {_seen(value)}, not {means}")
             return float(value)
@@ -359,7 +369,7 @@ class _Row:
         return found
 
 
-def _turn(role: str, content: str) -> Turn:
+def _says(role: str, content: str) -> _Turn:
     return {"role": role, "content": content}, None
 
 

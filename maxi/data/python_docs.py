@@ -121,9 +121,9 @@ def _asked() -> Iterator[_Asked]:
 def _answer(doc: str) -> str:
     """The first paragraph on one line, empty when it is no sentence of a fitting length."""
     answer = " ".join(doc.split("\n\n")[0].split())
-    if not _SHORTEST <= len(answer) <= _LONGEST or not answer[0].isupper() or answer[-1] in ":," or ">>>" in answer:
-        return ""
-    return answer if answer[-1] in ".!?" else answer + "."
+    answer += "" if answer.endswith((".", "!", "?", ":", ",")) else "."
+    is_sentence = answer[0].isupper() and answer[-1] not in ":," and ">>>" not in answer
+    return answer if is_sentence and _SHORTEST <= len(answer) <= _LONGEST else ""
 
 
 def _number(text: str) -> int:

@@ -13,6 +13,7 @@ What is guaranteed, limits of time, and errors that name a file and a row are th
 import json
 import re
 import signal
+from bisect import bisect
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from functools import partial
@@ -80,8 +81,7 @@ class Renderer:
         # longest first: an alternation takes the first that fits, tokenizers the longest
         tokens = sorted(filter(None, control), key=len, reverse=True)
         self.control = re.compile("|".join(map(re.escape, tokens)) or "(?!)")
-        self.ends = set(ends)
-        self.header = ""
+        self.ends, self.end, self.header = set(ends), "", ""
         self._probe()
 
     def answer(self, messages: Sequence[Any], tools: Any, prompt: bool, limit: int | None = None) -> dict[str, Any]:
@@ -170,7 +170,7 @@ class _Spans:
         try:
             return self._render(messages, prompt=prompt, served=served)
         except _Fault as fault:
-            self._fault = f"; of a part of it: {fault}"
+            self._fault = f"; shown a part, {fault}"
             return None
 
     def _turn(self, i: int, floor: int) -> Turn | None:
@@ -217,8 +217,8 @@ class _Spans:
         that part counts which is, if nothing stands between it and the message's words, or else the part's whole lines.
         None when the words would have brought the header along: the template leaves the message out.
         """
-        header, text = self.header(i), marked.text
-        length = next(n for n in range(len(header), -1, -1) if header[:n] in text[floor : marked.at])
+        header, text, before = self.header(i), marked.text, marked.text[floor : marked.at]
+        length = bisect(range(1, len(header) + 1), False, key=lambda n: header[:n] not in before)
         at = text.rfind(header[:length], floor, marked.at)
         length = min(length, max(0, marked.same - at))
         if length < len(header) and text[at + length : marked.at].strip():
@@ -235,7 +235,10 @@ class _Spans:
         Of several tokens it is the first one behind the message's words that ends turns: thinking and calls have tokens
         of their own, and some templates close a conversation with one more.
         """
-        full, ends = self._full, self._renderer.ends
+        full, said = self._full, str(self._messages[i].get("content", "")).strip()
+        first = self._renderer.control.search(full, start)
+        if first and first.group() == self._renderer.end and full[start : first.start()].strip() == said != "":
+            return first.end()  # nothing but the words: as nearly always, and it spares a rendering
         closed = full if i + 1 == len(self._messages) else self.attempt(self._messages[: i + 1])
         bound = len(closed) if closed is not None and full.startswith(closed) else None
         if bound is not None and not full[start:bound].strip():
@@ -244,16 +247,16 @@ class _Spans:
         if bound is not None and len(tokens) == 1 and not full[tokens[0].end() : bound].strip():
             return tokens[0].end()
         marked = marked or self._marked(i)
-        said = marked.rest if marked else start
+        rest = marked.rest if marked else start
         # a token may begin in the words and end in what is alike, as <|eom_id|> where others have <|eot_id|>
-        tokens = [token for token in tokens if token.end() > said]
+        tokens = [token for token in tokens if token.end() > rest]
         if bound is None:  # the next message follows: only tokens in a row can be this one's
             gaps = [full[one.end() : other.start()] for one, other in pairwise(tokens)]
             tokens = tokens[: 1 + next((n for n, gap in enumerate(gaps) if gap.strip()), len(gaps))]
         ending = [token for token in tokens if token.group() in self._renderer.ends]
         if ending or (tokens and bound is not None):
             return (ending or tokens)[0].end()
-        what = f"message {i + 1}: the chat template ends the turn with {full[said:bound][:30]!r}, not with a control token"
+        what = f"message {i + 1}: the chat template ends the turn with {full[rest:bound][:30]!r}, not with a control token"
         raise Refusal(what + " that ends turns, so the model would never learn to stop")
 
 

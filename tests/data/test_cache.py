@@ -1,5 +1,6 @@
 """The token cache: what is in it, when it is used again, and what interruption, races and changes do to it."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -74,6 +75,12 @@ def test_second_open_is_a_hit_and_any_change_is_not(source: Source, tokenizer: T
     assert not build(source, tokenizer, tmp_path).built
     (path.parent / "b.txt").write_text("one more")
     assert build(source, tokenizer, tmp_path).built
+
+
+def test_a_limit_reads_the_first_and_is_another_cache(source: Source, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    whole = docs(build(source, tokenizer, tmp_path), tokenizer)
+    some = build(dataclasses.replace(source, limit=7), tokenizer, tmp_path)
+    assert some.built and docs(some, tokenizer) == whole[:7]
 
 
 def test_large_files_are_known_by_size_and_time(

@@ -1,13 +1,16 @@
 """Text as transformers renders it, what the model must say in it, and templates that mean harm or do not end."""
 
+import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,189 +21,25 @@ from maxi.data import chat_template
 from maxi.data.chat_template import ChatTemplate
 from maxi.data.tokenizer import Tokenizer
 from maxi.errors import ConfigError, DataError
-
-CALLS = """
-{%- macro calls(message) %}
-    {%- for call in message.tool_calls or [] %}
-        {{- '\\n<tool_call>\\n' + (call.function or call) | tojson + '\\n</tool_call>' }}
-    {%- endfor %}
-{%- endmacro %}
-"""
-
-# A system prompt of its own, and tools in it; the answers of tools are a user's.
-QWEN25 = (
-    CALLS
-    + """
-{%- set told = messages[0].content if messages[0].role == 'system' else 'Be kind.' %}
-{{- '<|im_start|>system\\n' + told }}
-{%- if tools %}
-    {{- '\\n\\nTools:' }}
-    {%- for tool in tools %}
-        {{- '\\n' + tool | tojson }}
-    {%- endfor %}
-{%- endif %}
-{{- '<|im_end|>\\n' }}
-{%- for message in messages %}
-    {%- if message.role == 'assistant' %}
-        {{- '<|im_start|>assistant' }}
-        {{- '\\n' + message.content if message.content or not message.tool_calls }}
-        {{- calls(message) + '<|im_end|>\\n' }}
-    {%- elif not (message.role == 'system' and loop.first) %}
-        {{- '<|im_start|>' + ('user' if message.role == 'tool' else message.role) + '\\n' + message.content + '<|im_end|>\\n' }}
-    {%- endif %}
-{%- endfor %}
-{{- '<|im_start|>assistant\\n' if add_generation_prompt }}"""
+from tests.data.chat_templates import (
+    ADD,
+    ASKED,
+    CALLED,
+    CONTROL,
+    CONVERSATIONS,
+    GEMMA,
+    LONGER,
+    MUST_SAY,
+    PHI3,
+    QWEN25,
+    TALK,
+    TEMPLATES,
+    THOUGHT,
+    TOOLS,
+    call_text,
+    says,
+    user,
 )
-
-# Thinking is shown from the last question on, empty at the end if there was none; without it on demand.
-QWEN3 = (
-    CALLS
-    + """
-{%- set ns = namespace(asked=0) %}
-{%- for message in messages if message.role == 'user' %}
-    {%- set ns.asked = messages.index(message) %}
-{%- endfor %}
-{%- for message in messages %}
-    {{- '<|im_start|>' + message.role + '\\n' }}
-    {%- if message.role == 'assistant' %}
-        {%- set thought, said = message.reasoning_content or '', message.content or '' %}
-        {%- if '</think>' in said %}
-            {%- set thought, said = said.split('</think>')[0].split('<think>')[1].strip(), said.split('</think>')[1].strip() %}
-        {%- endif %}
-        {%- generation %}
-        {%- if loop.index0 > ns.asked and (thought or loop.last) %}
-            {{- '<think>\\n' + thought + '\\n</think>\\n\\n' }}
-        {%- endif %}
-        {{- said + calls(message) }}
-        {%- endgeneration %}
-    {%- else %}
-        {{- message.content }}
-    {%- endif %}
-    {{- '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-    {{- '<think>\\n\\n</think>\\n\\n' if enable_thinking is defined and not enable_thinking }}
-{%- endif %}"""
-)
-
-# The prompt opens the thinking, which no turn keeps.
-R1 = """
-{{- bos_token }}
-{%- for message in messages %}
-    {%- if message.role == 'assistant' %}
-        {{- '<|assistant|>' + message.content.split('</think>')[-1] + eos_token }}
-    {%- else %}
-        {{- '<|user|>' + message.content }}
-    {%- endif %}
-{%- endfor %}
-{{- '<|assistant|><think>\\n' if add_generation_prompt }}"""
-
-# No generation prompt; the system prompt goes to the first question.
-LLAMA2 = """
-{%- for message in messages if message.role != 'system' %}
-    {%- if (message.role == 'user') != (loop.index0 % 2 == 0) %}
-        {{- raise_exception('roles must take turns') }}
-    {%- elif message.role == 'user' %}
-        {%- set told = '<<SYS>>\\n' + messages[0].content + '\\n<</SYS>>\\n\\n' if loop.first and messages[0].role == 'system' %}
-        {{- bos_token + '[INST] ' + (told or '') + message.content.strip() + ' [/INST]' }}
-    {%- else %}
-        {{- ' ' + message.content.strip() + ' ' + eos_token }}
-    {%- endif %}
-{%- endfor %}"""
-
-LLAMA3 = """
-{{- bos_token }}
-{%- if date is not defined %}
-    {%- set date = strftime_now('%d %b %Y') %}
-{%- endif %}
-{{- '<|head|>system<|/head|>\\n\\nToday: ' + date + '<|eot|>' }}
-{%- for message in messages %}
-    {{- '<|head|>' + message.role + '<|/head|>\\n\\n' }}
-    {%- for call in message.tool_calls or [] %}
-        {{- '<|python|>' + call.function | tojson(indent=1) }}
-    {%- endfor %}
-    {{- message.content | default('', true) | trim }}
-    {{- '<|eom|>' if message.tool_calls else '<|eot|>' }}
-{%- endfor %}
-{{- '<|head|>assistant<|/head|>\\n\\n' if add_generation_prompt }}"""
-
-GEMMA = """
-{{- bos_token }}
-{%- set first = messages[0].content + '\\n\\n' if messages[0].role == 'system' else '' %}
-{%- for message in messages %}
-    {%- if message.role == 'system' %}
-        {%- continue %}
-    {%- endif %}
-    {{- '<|head|>' + ('model' if message.role == 'assistant' else 'user') + '\\n' }}
-    {{- (first if loop.index0 == (1 if first else 0) else '') + message.content | trim + '<|eot|>\\n' }}
-{%- endfor %}
-{{- '<|head|>model\\n' if add_generation_prompt }}"""
-
-# The system prompt goes to the last question; calls are special tokens, and alone in their turn.
-MISTRAL = """
-{%- set ns = namespace(turn=0, last=-1) %}
-{%- for message in messages if message.role == 'user' %}
-    {%- set ns.last = messages.index(message) %}
-{%- endfor %}
-{{- bos_token }}
-{%- for message in messages %}
-    {%- if message.role == 'user' or message.role == 'assistant' and not message.tool_calls %}
-        {%- if (message.role == 'user') != (ns.turn % 2 == 0) %}
-            {{- raise_exception('roles must take turns') }}
-        {%- endif %}
-        {%- set ns.turn = ns.turn + 1 %}
-    {%- endif %}
-    {%- if message.role == 'user' %}
-        {%- set told = messages[0].content + '\\n\\n' if messages[0].role == 'system' and loop.index0 == ns.last %}
-        {{- '[INST] ' + (told or '') + message.content + '[/INST]' }}
-    {%- elif message.role == 'tool' %}
-        {{- '[RESULT] ' + {'content': message.content} | tojson + '[/RESULT]' }}
-    {%- elif message.tool_calls %}
-        {{- '[CALLS] ' + message.tool_calls | map(attribute='function') | list | tojson + eos_token }}
-    {%- elif message.role == 'assistant' %}
-        {{- ' ' + message.content + eos_token }}
-    {%- endif %}
-{%- endfor %}"""
-
-# A token ends each turn, another one the conversation.
-PHI3 = """
-{%- for message in messages %}
-    {{- '<|head|>' + message.role + '\\n' + message.content + '<|eot|>\\n' }}
-{%- endfor %}
-{{- '<|head|>assistant\\n' if add_generation_prompt else eos_token }}"""
-
-TEMPLATES = {
-    "qwen25": QWEN25,
-    "qwen3": QWEN3,
-    "r1": R1,
-    "llama2": LLAMA2,
-    "llama3": LLAMA3,
-    "gemma": GEMMA,
-    "mistral": MISTRAL,
-    "phi3": PHI3,
-}
-CONTROL = ["<|head|>", "<|/head|>", "<|eot|>", "<|eom|>", "<|python|>", "<|user|>", "<|assistant|>"]
-CONTROL += ["[INST]", "[/INST]", "[CALLS]", "[RESULT]", "[/RESULT]"]
-
-
-def user(text: str) -> dict[str, Any]:
-    return {"role": "user", "content": text}
-
-
-def says(text: str | None, **more: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": text, **more}
-
-
-SYSTEM = {"role": "system", "content": "Be brief."}
-ADD = {"type": "function", "function": {"name": "add", "arguments": {"a": "<é>"}}}
-TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
-ASKED = [user("1+1?"), says(" two\n", reasoning_content="easy")]
-TALK = [SYSTEM, user("hi"), says("Hello!"), user("1+1?"), says("two")]
-THOUGHT = [user("hi"), says("<think>\nwho?\n</think>\n\nHello!"), user("1+1?"), says("<think>\nhm\n</think>\n\n2")]
-CALLED = [user("1+1?"), says(None, tool_calls=[ADD, ADD], reasoning_content="hm"), {"role": "tool", "content": "2"}, says("2")]
-LONGER = [SYSTEM, *CALLED, user("so?"), says("so", tool_calls=None)]
-CONVERSATIONS = {"asked": ASKED, "talk": TALK, "thought": THOUGHT, "called": CALLED, "longer": LONGER}
 
 Load = Callable[[str], tuple[Tokenizer, Any]]
 
@@ -248,32 +87,6 @@ def test_text_is_transformers(both: tuple[ChatTemplate, Any], name: str) -> None
         assert [turn.message for turn in turns] == [i for i, message in enumerate(messages) if message["role"] == "assistant"]
 
 
-def call_text(count: int = 2) -> str:
-    return '\n<tool_call>\n{"name": "add", "arguments": {"a": "<é>"}}\n</tool_call>' * count
-
-
-EMPTY = "<think>\n\n</think>\n\n"
-MUST_SAY = [
-    # (template, conversation, variables): (what the model must say, whether serving shows what is before it) ...
-    ("qwen25", "asked", {}, [(" two\n<|im_end|>", True)]),
-    ("qwen25", "called", {}, [(call_text()[1:] + "<|im_end|>", True), ("2<|im_end|>", True)]),
-    ("qwen3", "asked", {}, [("<think>\neasy\n</think>\n\n two\n<|im_end|>", True)]),
-    ("qwen3", "talk", {}, [("Hello!<|im_end|>", True), (f"{EMPTY}two<|im_end|>", True)]),
-    ("qwen3", "talk", {"enable_thinking": False}, [("Hello!<|im_end|>", True), ("two<|im_end|>", False)]),
-    ("qwen3", "thought", {}, [("Hello!<|im_end|>", True), ("<think>\nhm\n</think>\n\n2<|im_end|>", True)]),
-    (
-        *("qwen3", "longer", {}),
-        [(call_text() + "<|im_end|>", True), ("2<|im_end|>", False), (f"{EMPTY}so<|im_end|>", True)],
-    ),
-    ("r1", "thought", {}, [("\n\nHello!</s>", False), ("\n\n2</s>", False)]),
-    ("llama2", "talk", {}, [(" Hello! </s>", True), (" two </s>", True)]),
-    ("llama3", "asked", {"date": "today"}, [("two<|eot|>", False)]),
-    ("gemma", "talk", {}, [("Hello!<|eot|>", True), ("two<|eot|>", True)]),
-    ("mistral", "talk", {}, [(" Hello!</s>", False), (" two</s>", True)]),
-    ("phi3", "talk", {}, [("Hello!<|eot|>", True), ("two<|eot|>", True)]),
-]
-
-
 @pytest.mark.parametrize(("name", "conversation", "variables", "expected"), MUST_SAY)
 def test_what_the_model_must_say(
     load: Load, name: str, conversation: str, variables: dict[str, Any], expected: list[tuple[str, bool]]
@@ -284,27 +97,50 @@ def test_what_the_model_must_say(
         text, turns = template.render(messages)
         assert text == theirs.apply_chat_template(messages, tokenize=False, **variables)
         assert [(text[turn.start : turn.end], turn.prefix_ok) for turn in turns] == expected
+        assert all(turn.prefix_ok == (text[: turn.start] == template.prompt(messages[: turn.message])) for turn in turns)
         assert all(text[: turn.end].endswith(ours.backend.id_to_token(template.end_token_id)) for turn in turns)
 
 
-def test_calls_in_control_tokens(load: Load) -> None:
-    """Whatever comes before: the calls are inside, and <|eom|> or </s> ends them."""
-    call = '{\n "name": "add",\n "arguments": {\n  "a": "<é>"\n }\n}'
-    wanted = {"llama3": f"<|python|>{call}<|python|>{call}<|eom|>", "mistral": "[CALLS] " + str([ADD["function"]] * 2) + "</s>"}
-    wanted["mistral"] = wanted["mistral"].replace("'", '"')
-    for name, prefix_ok in (("llama3", True), ("mistral", False)):
-        with ChatTemplate(load(TEMPLATES[name])[0]) as template:
-            for messages, number in ((CALLED[:2], 0), (LONGER, 0)):
-                text, turns = template.render(messages)
-                assert text[turns[number].start : turns[number].end] == wanted[name]
-            assert turns[0].prefix_ok == prefix_ok
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "llama3", "cohere2"])
+def test_turns_are_what_trl_trains_on(tokenizer: Tokenizer, name: str) -> None:
+    """trl has templates with marks around what it learns; its turns may have a line end more on either side."""
+    found = importlib.util.find_spec("trl")
+    path = Path(found.origin or "").parent / "chat_templates" / f"{name}_training.jinja" if found else None
+    if path is None or not path.is_file():
+        pytest.skip("trl has no such template")
+    theirs = AutoTokenizer.from_pretrained(tokenizer.folder)
+    theirs.chat_template = path.read_text("utf-8")
+    control = re.findall(r"<\|\w+\|>", theirs.chat_template)
+    theirs.add_special_tokens({"bos_token": "<s>", "additional_special_tokens": list(dict.fromkeys(control))})
+    with ChatTemplate(Tokenizer(theirs, tokenizer.folder)) as template:
+        for messages in (TALK, THOUGHT, ASKED):
+            text, turns = template.render(messages)
+            marked = theirs.apply_chat_template(messages, return_assistant_tokens_mask=True)
+            runs = groupby(zip(marked["input_ids"], marked["assistant_masks"], strict=True), lambda pair: pair[1])
+            learned = [theirs.decode([i for i, _ in run]).strip() for mask, run in runs if mask]
+            assert [text[turn.start : turn.end].strip() for turn in turns] == learned
+
+
+@pytest.mark.parametrize(("name", "prefix_ok"), [("llama3", True), ("mistral", False)])
+def test_calls_in_control_tokens(load: Load, name: str, prefix_ok: bool) -> None:
+    """Whatever comes after: the calls are inside, and <|eom|> or </s> ends them."""
+    calls = "".join("<|python|>" + json.dumps(ADD["function"], indent=1, ensure_ascii=False) for _ in range(2)) + "<|eom|>"
+    if name == "mistral":
+        calls = "[CALLS] " + json.dumps([ADD["function"]] * 2, ensure_ascii=False) + "</s>"
+    with ChatTemplate(load(TEMPLATES[name])[0]) as template:
+        for messages, expected in ((CALLED[:2], True), (LONGER, prefix_ok)):
+            text, turns = template.render(messages)
+            assert (text[turns[0].start : turns[0].end], turns[0].prefix_ok) == (calls, expected)
 
 
 @pytest.mark.parametrize(
     ("jinja", "refusal"),
     [
         # no end; an end that only the next message brings; the assistant is not heard; no conversation will do
-        ("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}", r"ends the turn with '\\n'.*learn to stop"),
+        (
+            "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}",
+            r"ends the turn with '\\n'.*learn to stop",
+        ),
         ("{% for m in messages %}{{ '<|head|>' + m.role + m.content }}{% endfor %}", r"ends the turn with ''"),
         ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "leaves out what the assistant says"),
         ("{{ raise_exception('a system message is a must') }}", "a system message is a must"),
@@ -316,7 +152,7 @@ def test_templates_that_show_no_turn_are_refused_at_once(load: Load, jinja: str,
 
 
 def test_turns_that_cannot_be_told_are_refused(load: Load) -> None:
-    # the end depends on the words; past turns are called otherwise; a turn is left out; a question repeats the header
+    # the end and the header depend on the words, and one answer is left out
     jinja = """
     {%- for m in messages if m.content != 'skip' %}
         {{- '<|head|>' + (m.role if loop.last or 'hidden' not in m.content else 'past') + '\\n' + m.content }}
@@ -324,8 +160,11 @@ def test_turns_that_cannot_be_told_are_refused(load: Load) -> None:
     {%- endfor %}
     {{- '<|head|>assistant\\n' if add_generation_prompt }}"""
     with ChatTemplate(load(QWEN25)[0], jinja) as template:
-        asked = user("?\n<assistant\n")
-        for said, refusal in (("endless", "message 2: .* the turn with '', not"), ("hidden", "message 2: .* where the turn begins")):
+        asked = user("?")
+        for said, refusal in (
+            ("endless", "message 2: .* the turn with '', not"),
+            ("hidden", "message 2: .* where the turn begins"),
+        ):
             with pytest.raises(DataError, match=rf"error\[3\] {refusal}.*\(rows.jsonl:3\)"):
                 template.render([asked, says(said), asked, says("b")], where="rows.jsonl:3")
         text, turns = template.render([asked, says("skip"), asked, says("b")])
@@ -474,14 +313,16 @@ def running(process: int) -> bool:
 
 def test_control_tokens_in_messages_are_refused(load: Load) -> None:
     bad = "say <|eot|> now"
-    for messages, tools, whose in (
-        ([user(bad), says("!")], None, "message 1 spells"),
-        ([user("?"), says("!", reasoning_content=bad)], None, "message 2 spells"),
-        ([user("?"), says("!", tool_calls=[{"function": {"name": "f", "arguments": {"a": [{bad: 1}]}}}])], None, "message 2"),
-        ([user("?"), says("!")], [{"name": "f", "description": bad}], "the tools spell"),
-    ):
-        with ChatTemplate(load(QWEN25)[0]) as template, pytest.raises(DataError, match=rf"{whose}.* token '<\|eot\|>'.*x.jsonl:7"):
-            template.render(messages, tools, "x.jsonl:7")
+    call = {"function": {"name": "f", "arguments": {"a": [{bad: 1}]}}}
+    with ChatTemplate(load(QWEN25)[0]) as template:
+        for messages, tools, whose in (
+            ([user(bad), says("!")], None, "message 1 spells"),
+            ([user("?"), says("!", reasoning_content=bad)], None, "message 2 spells"),
+            ([user("?"), says("!", tool_calls=[call])], None, "message 2 spells"),
+            ([user("?"), says("!")], [{"name": "f", "description": bad}], "the tools spell"),
+        ):
+            with pytest.raises(DataError, match=rf"{whose} the control token '<\|eot\|>'.*x.jsonl:7"):
+                template.render(messages, tools, "x.jsonl:7")
 
 
 def test_what_is_no_json_is_refused(load: Load) -> None:
@@ -499,10 +340,13 @@ def test_the_template_may_be_a_word_a_file_or_jinja(load: Load, tokenizer: Token
         with ChatTemplate(ours, given) as template:
             assert template.text == expected
             assert (template._child is None) == (given == "chatml")
+            ours.save(tmp_path / "served", template.text)
+            assert AutoTokenizer.from_pretrained(tmp_path / "served").chat_template == expected
 
 
 def test_chatml_is_transformers(tokenizer: Tokenizer) -> None:
     theirs = AutoTokenizer.from_pretrained(tokenizer.folder)
+    turns, text = (), ""
     with ChatTemplate(tokenizer) as template:
         assert template._child is None and template.end_token_id == theirs.convert_tokens_to_ids("<|im_end|>")
         for messages in CONVERSATIONS.values():
@@ -510,7 +354,11 @@ def test_chatml_is_transformers(tokenizer: Tokenizer) -> None:
                 text, turns = template.render(messages, tools)
                 assert text == theirs.apply_chat_template(messages, tools=tools, tokenize=False)
                 assert all(turn.prefix_ok for turn in turns)
-        assert [text[turn.start : turn.end] for turn in turns] == [call_text()[1:] + "<|im_end|>", "2<|im_end|>", "so<|im_end|>"]
+        assert [text[turn.start : turn.end] for turn in turns] == [
+            call_text()[1:] + "<|im_end|>",
+            "2<|im_end|>",
+            "so<|im_end|>",
+        ]
 
 
 def test_settings_that_cannot_work(load: Load, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

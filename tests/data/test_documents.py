@@ -1,9 +1,11 @@
 """Every kind of source, and every fault of a data file: the class of the error, and the file and line it names."""
 
 import gzip
+import itertools
 import json
 import zlib
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -71,6 +73,58 @@ def test_parquet_source(tmp_path: Path) -> None:
     path = parquet(tmp_path / "a.parquet", other=[1, 2, 3], body=TEXTS)
     found = list(documents.read(Source(path=str(path), field="body"), Budget()))
     assert [d.text for d in found] == TEXTS and found[2].where == f"{path}, row 3"
+
+
+ROWS = [{"id": i, "talk": [{"who": "a", "says": text}]} for i, text in enumerate(TEXTS)]
+
+
+def rows(path: Path | str, budget: Budget | None = None) -> list[tuple[dict, str]]:
+    """(record, where) of every record."""
+    return list(documents.records(Source(path=str(path)), lambda record, where: (record, where), budget or Budget()))
+
+
+def test_records_have_all_fields_in_every_format(tmp_path: Path) -> None:
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    (tmp_path / "a.jsonl.zst").write_bytes(PACK[".zst"](lines))
+    (tmp_path / "b.json").write_text(json.dumps(ROWS, indent=1))
+    parquet(tmp_path / "c.parquet", **{name: [row[name] for row in ROWS] for name in ROWS[0]}, at=[datetime(2020, 1, 1)] * 3)
+    found = rows(tmp_path)
+    assert [record for record, _ in found] == ROWS * 3
+    ends = [where.removeprefix(str(tmp_path)) for _, where in found]
+    assert ends[0::3] == ["/a.jsonl.zst:1", "/b.json, record 1", "/c.parquet, row 1"] and ends[8] == "/c.parquet, row 3"
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    assert rows(tmp_path / "saved") == [(row, f"{tmp_path}/saved, row {i}") for i, row in enumerate(ROWS, 1)]
+
+
+def test_records_that_are_refused_go_to_the_budget(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"n": 1}\n{"n": }\n{"n": 2}\n')
+
+    def odd(record: dict, where: str) -> int:
+        if record["n"] % 2 == 0:
+            raise DataError("even", where)
+        return record["n"]
+
+    budget = Budget(2)
+    assert list(documents.records(Source(path=str(path)), odd, budget)) == [1] and budget.skipped == 2
+    with pytest.raises(DataError, match=r"malformed JSON.*\(.*a.jsonl:2:7\)"):
+        list(documents.records(Source(path=str(path)), odd, Budget()))
+    with pytest.raises(DataError, match=r"even \(after 1 skipped records\) \(.*a.jsonl:3\)"):
+        list(documents.records(Source(path=str(path)), odd, Budget(1)))
+
+
+def test_txt_holds_no_records(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    with pytest.raises(DataError, match=r"text, not records \(.*a.txt\)"):
+        rows(tmp_path, Budget(9))
+
+
+def test_text_is_read_from_its_column_alone(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "a.parquet", text=TEXTS, raw=pa.array([b"\xff"] * 3).view(pa.string()))
+    assert texts(path) == TEXTS
+    with pytest.raises(DataError, match=r"a column is not UTF-8 .*a.parquet, rows 1 to"):
+        rows(path)
 
 
 def test_folders_and_globs_are_sorted_and_deep(tmp_path: Path) -> None:
@@ -244,3 +298,17 @@ def test_python_docs_are_many_and_always_the_same() -> None:
     assert not any(".test." in name or "site-packages" in name for name in by_name)
     for d in first:
         d.text.encode()
+
+
+def test_python_docs_ask_and_answer() -> None:
+    first = list(itertools.islice(documents.records(Source(path="python-docs"), lambda row, _: row, Budget()), 100))
+    pairs = list(documents.records(Source(path="python-docs-preferences"), lambda row, _: row, Budget()))
+    assert [(row["question"], row["answer"]) for row in first] == [(row["prompt"], row["chosen"]) for row in pairs[:100]]
+    assert len(pairs) > 3000 and len({row["prompt"] for row in pairs}) == len(pairs)
+    chosen, rejected = ({row[name] for row in pairs} for name in ("chosen", "rejected"))
+    assert chosen == rejected and len(chosen) == len(pairs) and not any(row["chosen"] == row["rejected"] for row in pairs)
+    assert all(20 <= len(answer) <= 400 for answer in chosen)
+    asked = {row["chosen"]: row["prompt"] for row in pairs}
+    assert "`textwrap.dedent`" in asked["Remove any common leading whitespace from every line in `text`."]
+    assert not any(documents.files(Source(path=path)) for path in documents.EMBEDDED)
+    assert documents.EMBEDDED == ("python-docs", "python-docs-preferences")
