@@ -235,9 +235,9 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _tokenizer(args: argparse.Namespace) -> None:
-    from maxi.config import Source
     from maxi.data.bpe import train
     from maxi.data.documents import Budget, read
+    from maxi.sections import Source
 
     sources = [Source(path=path, field=args.field) for path in args.files]
     texts = (document.text for source in sources for document in read(source, Budget(0)))

@@ -2,7 +2,8 @@
 
 The whole of every source is read, rendered, tokenised and audited (into the cache, so that training finds it there); the
 figures are of all rows, and a few rows are shown with each token coloured by its weight, in the terminal and in one HTML
-file. The audit itself is `data/examples.py`'s. No weights are read and nothing is compiled.
+file; where there are no colours, what is learned stands between ⟦ and ⟧. The audit itself is `data/audit.py`'s. No weights
+are read and nothing is compiled.
 """
 
 import html
@@ -10,7 +11,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from rich.text import Text
 
 from maxi import objectives, pretrained
 from maxi.config import Config
+from maxi.data.audit import wrong_mask
 from maxi.data.documents import Budget
-from maxi.data.examples import Examples, wrong_mask
+from maxi.data.examples import PHRASES, Examples
 from maxi.data.loader import Opened, content_of, open_data, open_template
 from maxi.data.tokenizer import Tokenizer
 from maxi.errors import ConfigError, DataError
@@ -37,7 +39,7 @@ ON_SCREEN = 600
 
 @dataclass(frozen=True)
 class Shown:
-    """A row to look at: where it is, and each of its tokens as (text, weight as a target)."""
+    """A text to look at: which it is, and each of its tokens as (text, weight as a target)."""
 
     where: str
     tokens: list[tuple[str, float]]
@@ -50,6 +52,7 @@ def run_check(config: Config, *, rows: int = 2, html_out: str | None = None, jso
     stdout in place of all else. Raises DataError when a mask is wrong, and what reading the data raises.
     """
     console = Console(highlight=False, markup=False, soft_wrap=True, quiet=json_out == "-")
+    colours = console.color_system is not None and not console.no_color
     objective = objectives.build(**asdict(config.objective))
     tokenizer = pretrained.open_tokenizer(config.tokenizer, config.model.init_from)
     with open_template(objective.rows, config.chat, tokenizer) as template:
@@ -64,9 +67,9 @@ def run_check(config: Config, *, rows: int = 2, html_out: str | None = None, jso
     for entry, some in zip(opened, shown, strict=True):
         for line in entry.describe():
             console.print(line)
-        for row in some[:rows] if entry.side != "held-out" else ():
-            console.print(Text(f"\n{row.where}", style="bold"))
-            console.print(_coloured(row.tokens))
+        for text in chain.from_iterable(some[:rows]):
+            console.print(Text(f"\n{text.where}", style="bold"))
+            console.print(_coloured(text.tokens, colours))
     for line in _verdict(report):
         console.print(line)
     console.print(f"page: {page}")
@@ -77,7 +80,7 @@ def run_check(config: Config, *, rows: int = 2, html_out: str | None = None, jso
     for source in report["sources"]:
         if source["wrong"]:
             fix = "set chat.template to one that ends every turn, such as chatml"
-            raise DataError(f"the mask is wrong, {source['wrong']}", source["path"], fix)
+            raise DataError(f"the mask is wrong, {source['wrong']}", source["counts"]["wrong_rows"][0], fix)
 
 
 def _report(config: Config, opened: Sequence[Opened]) -> dict[str, Any]:
@@ -106,32 +109,49 @@ def _report(config: Config, opened: Sequence[Opened]) -> dict[str, Any]:
 
 def _verdict(report: dict[str, Any]) -> Iterator[str]:
     """What the figures come to, in words."""
+    paths = {source["path"] for source in report["sources"]}
+    plain = len({Path(path).name for path in paths}) == len(paths)  # whether the names of files are enough
     for source in report["sources"]:
-        if "counts" not in source or source["side"] == "held-out":
+        if source["side"] == "held-out":
             continue
-        counts, name = source["counts"], source["path"]
-        same = counts["turns"] - counts["other_prefix"]
+        name = Path(source["path"]).name if plain else source["path"]
         yield ""
+        if (counts := source.get("counts")) is None:
+            yield f"{name}: real tokens in rows: {source['real_tokens']:.1%}"
+            continue
+        same = counts["turns"] - counts["other_prefix"]
         yield f"{name}: answer tokens trained: {source['answer_tokens_trained']:.2%}"
         yield f"{name}: end token trained: {counts['ended_turns']:,} of {counts['turns']:,} answers"
         yield f"{name}: text before the answer as it will be served: {same:,} of {counts['turns']:,}"
-        yield f"{name}: real tokens in packed rows: {source['real_tokens']:.1%}"
+        yield f"{name}: real tokens in rows: {source['real_tokens']:.1%}"
         for reason, rows in counts["dropped"].items():
-            yield f"{name}: {counts[reason]:,} {reason.replace('_', ' ')}, such as {', '.join(rows)}"
-        yield f"{name}: {'WRONG: ' + source['wrong'] if source['wrong'] else 'the mask is right'}"
+            yield f"{name}: {counts[reason]:,} {PHRASES[reason]}, such as {_named(rows)}"
+        if source["wrong"]:
+            yield f"{name}: WRONG: {source['wrong']}, such as in {_named(counts['wrong_rows'])}"
+        else:
+            yield f"{name}: the mask is right"
 
 
-def _shown(entry: Opened, tokenizer: Tokenizer, skip_bad: int) -> Iterator[Shown]:
-    """The rows of a source from its beginning: conversations, or packed rows of documents."""
+def _named(rows: Sequence[str]) -> str:
+    return ", ".join(Path(where).name for where in rows)
+
+
+def _shown(entry: Opened, tokenizer: Tokenizer, skip_bad: int) -> Iterator[list[Shown]]:
+    """The rows of a source from its beginning: the conversations of each, or a packed row of documents. Of a source that
+    is on two sides, the training side's only."""
+    if entry.side == "held-out":
+        return
     if isinstance(entry.content, Examples):
-        for sample in entry.content.samples(entry.source, Budget(skip_bad)):
-            yield Shown(sample.conversation.where, _pieces(tokenizer, sample.ids, sample.weights))
+        sides = (", chosen", ", rejected") if entry.content.kind == "preferences" else ("",)
+        for samples in entry.content.samples(entry.source, Budget(skip_bad)):
+            pieces = [(s.conversation.where, _pieces(tokenizer, s.ids, s.weights)) for s in samples]
+            yield [Shown(where + side, tokens) for (where, tokens), side in zip(pieces, sides, strict=True)]
         return
     for number in range(len(entry.rows)):
         row = entry.rows[number]
         # a row's weight stands with the token before the target
         weights = np.append(np.float32(0), row["loss_weight"][:-1])
-        yield Shown(f"{entry.source.path}, row {number}", _pieces(tokenizer, row["tokens"], weights))
+        yield [Shown(f"{entry.source.path}, row {number}", _pieces(tokenizer, row["tokens"], weights))]
 
 
 def _pieces(tokenizer: Tokenizer, ids: np.ndarray, weights: np.ndarray) -> list[tuple[str, float]]:
@@ -139,13 +159,18 @@ def _pieces(tokenizer: Tokenizer, ids: np.ndarray, weights: np.ndarray) -> list[
     return [(tokenizer.decode([i]), float(weight)) for i, weight in zip(ids.tolist(), weights.tolist(), strict=True)]
 
 
-def _coloured(tokens: Sequence[tuple[str, float]]) -> Text:
-    text = Text()
+def _coloured(tokens: Sequence[tuple[str, float]], colours: bool) -> Text:
+    text, learned = Text(), False
     for number, (piece, weight) in enumerate(tokens[:ON_SCREEN]):
-        style = ("black on green" if number % 2 else "black on bright_green") if weight > 0 else "dim"
+        if not colours and (weight > 0) != learned:
+            text.append("⟧" if learned else "⟦")
+        learned = weight > 0
+        style = ("black on green" if number % 2 else "black on bright_green") if learned else "dim"
         for position, line in enumerate(_visible(piece).split("\n")):
             text.append("\u21b5\n" if position else "", style="dim")
             text.append(line, style=style)
+    if not colours and learned:
+        text.append("⟧")
     if len(tokens) > ON_SCREEN:
         text.append(f" ... {len(tokens) - ON_SCREEN} more tokens", style="italic")
     return text
@@ -165,7 +190,7 @@ pre .w { background: #ffe08a; color: #111; } .wrong { color: #c00; font-weight: 
 """
 
 
-def _page(config: Config, opened: Sequence[Opened], shown: Sequence[Sequence[Shown]], report: dict[str, Any]) -> str:
+def _page(config: Config, opened: Sequence[Opened], shown: Sequence[list[list[Shown]]], report: dict[str, Any]) -> str:
     parts = [
         "<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'>",
         f"<title>maxi check</title><style>{_STYLE}</style><h1>What {html.escape(config.objective.name)} trains on</h1>",
@@ -176,8 +201,8 @@ def _page(config: Config, opened: Sequence[Opened], shown: Sequence[Sequence[Sho
     for entry, some in zip(opened, shown, strict=True):
         parts.append(f"<h2>{html.escape(entry.source.path)} ({entry.side})</h2><ul>")
         parts += [*(f"<li>{html.escape(line.strip())}" for line in entry.describe()), "</ul>"]
-        for row in some if entry.side != "held-out" else ():
-            parts.append(f"<h3>{html.escape(row.where)}</h3><pre>{''.join(map(_span, row.tokens))}</pre>")
+        for text in chain.from_iterable(some):
+            parts.append(f"<h3>{html.escape(text.where)}</h3><pre>{''.join(map(_span, text.tokens))}</pre>")
     return "\n".join(parts) + "\n"
 
 

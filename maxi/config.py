@@ -1,9 +1,9 @@
-"""YAML to typed, frozen dataclasses, checked before anything is compiled.
+"""YAML to one typed, frozen `Config`, checked before anything is compiled.
 
 Contract: `load(path, overrides)` returns a `Config` or raises `ConfigError` naming the key, the line and the fix.
 `yaml_file.py` reads the file; pydantic checks types and ranges strictly. What a combination of keys means (does the
 batch fit the mesh?) is decided where the other half is known: `mesh.py`, `train.py`. Only entry files name `Config`;
-everything below takes its own section.
+everything below takes its own section, from `sections.py`.
 """
 
 import dataclasses
@@ -12,289 +12,37 @@ import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from ruamel.yaml import YAML
 
 from maxi.errors import ConfigError
+from maxi.sections import (
+    STRICT,
+    ChatConfig,
+    CheckpointConfig,
+    ComputeConfig,
+    Count,
+    DataConfig,
+    DPOConfig,
+    EvalConfig,
+    KTOConfig,
+    LogConfig,
+    MeshConfig,
+    ModelConfig,
+    Natural,
+    ObjectiveConfig,
+    OptimConfig,
+    Positive,
+    PretrainConfig,
+    Source,
+)
 from maxi.yaml_file import read_text, read_yaml
 
-_STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
-Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-NonNegative = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-Axis = Annotated[int, Field(ge=-1)]
-
-
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
-class ModelConfig:
-    """Which model, and where its first weights come from."""
-
-    init_from: str | None = None
-    """A Hugging Face folder or a run folder whose weights (and tokenizer, unless named) to start from."""
-    reference: str | None = None
-    """dpo, kto: a folder of that kind whose log-probabilities to compare with; default: the weights the run starts from."""
-    config: str | dict[str, Any] | None = None
-    """A Hugging Face config.json (path), or its fields inline; with init_from, fields to change in its config."""
-
-
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
-class Source:
-    """One place documents come from."""
-
-    path: str
-    """A .txt, .json(l) or .parquet file (or .gz, .zst), a folder, a glob, a dataset saved on disk, hf://name, python-docs."""
-    weight: Positive = 1.0
-    """Share of rows drawn from this source, relative to the others."""
-    field: str = "text"
-    """The column or JSON field that holds the text."""
-    limit: Count | None = None
-    """Read this many documents or rows from its beginning, and no more."""
-    fields: dict[str, str] = Field(default_factory=dict)
-    """For conversations: what the usual fields are called here, e.g. {question: q, answer: a}; common layouts need none."""
-
-
-Sources = tuple[Source, ...]
-
-
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
-class DataConfig:
-    """What the model reads."""
-
-    train: Sources = ()
-    """Training sources, a list of {path, weight, field}."""
-    eval: Sources = ()
-    """Evaluation sources; never trained on as long as their documents are not in train."""
-    eval_share: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    """Share of training documents, chosen by the hash of their text, that is held out for evaluation instead."""
-    across_documents: bool = False
-    """Let attention (and positions) run on across the documents packed into one row."""
-    cache_dir: str | None = None
-    """Where tokenised rows are kept; default: maxi/rows under $XDG_CACHE_HOME or ~/.cache."""
-    workers: Natural = 1
-    """Processes that tokenise, each with threads on all cores: more pay where reading is the slow part; 0: one per core."""
-    skip_bad: Natural = 0
-    """How many unreadable records to skip (each is counted) before giving up."""
-
-
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
-class ChatConfig:
-    """How conversations become tokens, for every objective but pretrain."""
-
-    template: str | None = None
-    """The chat template: chatml (maxi's own) or a .jinja file; default: the tokenizer's own. It goes into the export."""
-    template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Variables for the template, e.g. {enable_thinking: false}."""
-    train_on: Literal["all", "last"] = "all"
-    """Which assistant turns of a conversation are learned; a row's own train, weight or loss_weight goes before."""
-    train_on_prompt: bool = False
-    """Learn all other tokens too (sft only)."""
-    too_long: Literal["drop", "truncate_left", "truncate_right"] = "drop"
-    """What is over seq_len: drop it, take whole turns from the left of its history, or cut it on the right; counted."""
-    max_dropped: Share = 0.05
-    """The largest share of rows that may be dropped because nothing of them is left to learn."""
-    system: str | None = None
-    """A system prompt for rows without one."""
-    system_share: Share = 1.0
-    """The share of rows without a system prompt that get it, chosen by their hash."""
-    system_by: str | None = None
-    """A column whose value picks a prompt from system_prompts, for the rows that did not get `system`."""
-    system_prompts: dict[str, str] = Field(default_factory=dict)
-    """Value of the column system_by -> system prompt."""
-    pack: bool = True
-    """Several samples in a row, each with attention and positions of its own; false: one sample a row, padded."""
-    share_prompt: bool = True
-    """Compute the common prompt of a pair once (dpo, kto); false: each answer with its own copy of the prompt."""
-
-
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
-class PretrainConfig:
-    """Predict the next token of every document."""
-
-    name: Literal["pretrain"] = "pretrain"
-    """What is learned. `objective: dpo` is short for `objective: {name: dpo}`."""
-    z_loss: NonNegative = 0.0
-    """Weight of the squared log-normaliser (PaLM, arXiv:2204.02311, section 5), which keeps logits small."""
-
-
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
-class SFTConfig:
-    """Predict the assistant's turns of every conversation."""
-
-    name: Literal["sft"] = "sft"
-    """What is learned."""
-    z_loss: NonNegative = 0.0
-    """Weight of the squared log-normaliser (PaLM, arXiv:2204.02311, section 5), which keeps logits small."""
-
-
-DPOLoss = Literal[
-    "sigmoid",
-    "sigmoid_norm",
-    "hinge",
-    "ipo",
-    "exo_pair",
-    "nca_pair",
-    "robust",
-    "bco_pair",
-    "sppo_hard",
-    "apo_zero",
-    "apo_down",
-    "discopop",
-    "sft",
-    "simpo",
-    "orpo",
-]
-
-
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
-class DPOConfig:
-    """Prefer chosen answers to rejected ones."""
-
-    name: Literal["dpo"] = "dpo"
-    """What is learned."""
-    loss_type: Annotated[tuple[DPOLoss, ...], Field(min_length=1)] = ("sigmoid",)
-    """One or more of TRL's: sigmoid (DPO), sigmoid_norm, hinge, ipo, exo_pair, nca_pair, robust, bco_pair, sppo_hard,
-    apo_zero, apo_down, discopop, sft; and the reference-free simpo and orpo."""
-    loss_weights: Annotated[tuple[float, ...], Field(min_length=1)] | None = None
-    """Weights of the losses in loss_type; default: 1 each."""
-    beta: Positive = 0.1
-    """How closely the policy is held to the reference; for ipo its tau, for orpo its lambda."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Probability that a preference is the wrong way round: sigmoid (then cDPO), sigmoid_norm, simpo, robust, exo_pair."""
-    rpo_alpha: NonNegative = 0.0
-    """Weight of the negative log-likelihood of chosen answers (RPO, arXiv:2404.19733)."""
-    simpo_gamma: NonNegative = 0.5
-    """simpo: the margin to reach."""
-    discopop_tau: Positive = 0.05
-    """discopop: the temperature of its blend."""
-
-
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
-class KTOConfig:
-    """Learn from answers labelled good or bad, without pairs."""
-
-    name: Literal["kto"] = "kto"
-    """What is learned."""
-    loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"
-    """As TRL names them."""
-    beta: Positive = 0.1
-    """How closely the policy is held to the reference."""
-    desirable_weight: NonNegative = 1.0
-    """Weight of answers labelled good."""
-    undesirable_weight: NonNegative = 1.0
-    """Weight of answers labelled bad."""
-
-
-ObjectiveConfig = Annotated[PretrainConfig | SFTConfig | DPOConfig | KTOConfig, Field(discriminator="name")]
-
-
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
-class OptimConfig:
-    """How the weights move."""
-
-    name: Literal["adamw", "muon"] = "adamw"
-    """adamw; or muon for matrices inside the layers, with adamw for the rest."""
-    lr: NonNegative = 3e-4
-    """Peak learning rate."""
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """Shape after the warm-up; wsd: constant, then linear decay over the last decay_ratio of the steps."""
-    warmup_steps: Natural | None = None
-    """Steps of linear warm-up from 0."""
-    warmup_ratio: Share | None = None
-    """The same as a share of all steps; give one of the two (neither: no warm-up)."""
-    min_lr_ratio: Share = 0.0
-    """Final learning rate over the peak, for cosine, linear and wsd."""
-    decay_ratio: Share = 0.2
-    """wsd: the share of all steps that decays."""
-    b1: Beta = 0.9
-    """Decay of adamw's first moment; muon's own momentum is always 0.95."""
-    b2: Beta = 0.95
-    """Decay of the second moment."""
-    eps: Positive = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: NonNegative = 0.1
-    """Decoupled weight decay; norms and biases never decay."""
-    decay_embeddings: bool = True
-    """Whether embeddings (and an untied head) decay."""
-    clip_norm: NonNegative = 1.0
-    """Gradients are scaled down to this global norm; 0: never."""
-    ema: Beta = 0.0
-    """Decay of an exponential moving average of the weights, used for evaluation and export; 0: none."""
-
-
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
-class MeshConfig:
-    """How devices are arranged; one axis may be -1, which takes what the others leave."""
-
-    replica: Axis = 1
-    """Whole copies of the model, gradients averaged between them."""
-    fsdp: Axis = -1
-    """Weights, gradients and optimizer state split over this many devices, and the batch with them."""
-    tensor: Axis = 1
-    """Heads, intermediate_size and vocabulary split over this many devices."""
-
-
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
-class ComputeConfig:
-    """How the step is computed; none of it changes what is learned beyond rounding."""
-
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of activations and matmul operands; auto: bfloat16 on accelerators, float32 on CPU. Masters stay float32."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes: nothing, all but matmuls, or every layer whole."""
-    layers: Literal["auto", "scan", "unroll"] = "auto"
-    """Compile one layer and scan it, or every layer by itself; auto: unroll up to 12 layers on CPU, else scan."""
-    attention: Literal["auto", "reference", "blockwise"] = "auto"
-    """Attention kernel of training and evaluation; auto takes the first that can run here and says why."""
-    head: Literal["auto", "full", "chunked"] = "auto"
-    """Whether all logits of a micro-batch are held at once; auto decides by their size."""
-
-
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
-class CheckpointConfig:
-    """What is saved on the way."""
-
-    every: Count = 500
-    """Steps between checkpoints; the last step is always saved."""
-    keep: Count = 2
-    """How many of the newest to keep."""
-    background: bool = True
-    """Write while training goes on."""
-
-
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
-class EvalConfig:
-    """What is measured on the way; the first and the last step are always evaluated."""
-
-    every: Count = 500
-    """Steps between evaluations."""
-    max_rows: Count = 512
-    """At most this many rows of seq_len per evaluation, always the same ones."""
-    prompts: tuple[str, ...] = ()
-    """Texts that are continued greedily at every evaluation, or answered as a user's turn where conversations are learned."""
-    max_new_tokens: Count = 48
-    """Length of those continuations."""
-
-
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
-class LogConfig:
-    """What is written down."""
-
-    every: Count = 10
-    """Steps between lines in metrics.jsonl, on the terminal and in TensorBoard; each tells of its step alone."""
-    to: tuple[Literal["wandb", "trackio"], ...] = ()
-    """Trackers beside TensorBoard; each needs the extra of its name."""
-    project: str = "maxi"
-    """Project name at those trackers."""
-
-
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Config:
     """One run. The resolved form is kept in the run folder as config.yaml."""
 
@@ -474,8 +222,8 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
     if first["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return ConfigError(f"the key {key!r} is missing{more}", where, f"add {key.split('.')[-1]}: ...")
     if first["type"] == "union_tag_invalid":
-        what, known = f"{key}.name: there is no objective {first['ctx']['tag']!r}", first["ctx"]["expected_tags"]
-        return ConfigError(what, where, f"use one of {known}")
+        found = first.get("ctx", {})
+        return ConfigError(f"{key}.name: there is no {found.get('tag')!r}", where, f"use one of {found.get('expected_tags')}")
     given = first["input"]
     got = f"{given!r} ({type(given).__name__})" if not isinstance(given, dict | list) else f"a {type(given).__name__}"
     return ConfigError(f"{key}: {first['msg']}, not {got[:80]}{more}", where, f"`maxi config --help` describes {key}")

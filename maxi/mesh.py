@@ -12,9 +12,9 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh
 
-from maxi.config import MeshConfig
 from maxi.dims import MESH_AXES
 from maxi.errors import ConfigError
+from maxi.sections import MeshConfig
 
 
 def build(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:

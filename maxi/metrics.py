@@ -19,8 +19,8 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from maxi.config import LogConfig
 from maxi.errors import EnvironmentFault, NumericsError
+from maxi.sections import LogConfig
 
 GIVE_UP_AFTER = 5
 """Consecutive steps without a finite loss and gradient after which a run ends."""

@@ -9,8 +9,8 @@ import jax
 import optax
 from optax import contrib
 
-from maxi.config import OptimConfig
 from maxi.params import Param, Table, Tree, decay_mask
+from maxi.sections import OptimConfig
 
 MUON_MOMENTUM = 0.95
 MUON_RMS = 0.2

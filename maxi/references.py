@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +23,14 @@ from jax.sharding import Mesh
 from maxi.data import cache
 from maxi.data.loader import Opened, stack
 from maxi.data.sample_rows import PairRows
-from maxi.errors import DataError, EnvironmentFault
+from maxi.data.tokenizer import Tokenizer
+from maxi.errors import ConfigError, DataError, EnvironmentFault
 from maxi.models import Model, decoder
 from maxi.models.decoder import Compute
 from maxi.objectives.branches import branch_logprobs
 from maxi.params import Tree
+from maxi.pretrained import open_model
+from maxi.run import Run, remember, remembered
 from maxi.step import Batch, put
 
 log = logging.getLogger("maxi")
@@ -45,6 +49,41 @@ def fingerprint(params: Tree) -> str:
         sha.update(f"{jax.tree_util.keystr(path)} {leaf.dtype}{leaf.shape}".encode())
         sha.update(np.asarray(leaf).tobytes())
     return sha.hexdigest()
+
+
+def open_reference(name: str, policy: Model, tokenizer: Tokenizer, devices: Mesh) -> Tree:
+    """The weights of a MODEL to compare with. Raises ConfigError unless it has the policy's tokenizer and architecture."""
+    loaded = open_model(name, mesh=devices)
+    known = loaded.tokenizer
+    if _shape(loaded.model) != _shape(policy) or (known and known.fingerprint() != tokenizer.fingerprint()):
+        what = f"{name} has another tokenizer or architecture than the model that is trained"
+        raise ConfigError(what, "model.reference", "name a model of the same shape, or leave it out")
+    return loaded.params
+
+
+def _shape(model: Model) -> Any:
+    """All that decides what weights compute."""
+    return set(model.table.params), dict(model.table.sizes), model.layers, model.rope, model.norm_eps
+
+
+def attach_for_run(opened: list[Opened], run: Run, params: Callable[[], Tree], model: Model, *, new: bool, **how: Any) -> None:
+    """`attach` for a run, which remembers the reference it began with; `new`: it begins now.
+
+    A run that goes on asks for the weights only when the cache was lost, and raises DataError when they are not the
+    same any more.
+    """
+    known = remembered(run, "reference")
+    weights = fingerprint(params()) if new or known is None else known
+    remember(run, "reference", weights)
+
+    def same() -> Tree:
+        found = params()
+        if fingerprint(found) != weights:
+            fix = "restore it, or set another run_dir"
+            raise DataError("the reference model changed since this run began", str(run.folder), fix)
+        return found
+
+    attach(opened, weights, same, model, **how)
 
 
 def attach(

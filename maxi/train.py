@@ -26,8 +26,8 @@ from maxi import export as exports
 from maxi import step as steps
 from maxi.checkpoint import Checkpoints, abstract_state
 from maxi.config import Config, to_tree
+from maxi.data.audit import wrong_mask
 from maxi.data.chat_template import ChatTemplate
-from maxi.data.examples import wrong_mask
 from maxi.data.loader import Batches, EvalRows, content_of, open_data, open_template
 from maxi.data.tokenizer import Tokenizer
 from maxi.errors import ConfigError, DataError, Preempted
@@ -40,7 +40,7 @@ from maxi.models.decoder import UNROLL_AT_MOST, Compute
 from maxi.models.sampling import Sampling
 from maxi.objectives import Objective
 from maxi.params import count, init, shardings
-from maxi.run import Run, claim, record, remember, remembered, truncate_after, write_whole
+from maxi.run import Run, claim, record, truncate_after, write_whole
 from maxi.runtime import keep_compiled_programs
 from maxi.signals import StopRequest
 from maxi.step import State
@@ -209,28 +209,19 @@ def _loss(job: Job) -> tuple[steps.Loss, steps.Totals | None]:
 def _attach_reference(job: Job, first: State | None) -> None:
     """The reference's log-probabilities, into the rows. `first` is the state before the first step, None when that is
     over and the reference has to come from where the run took it."""
-    config, known = job.config, remembered(job.run, "reference")
+    config = job.config
 
     def weights() -> Any:
         if config.model.reference:
-            return _reference_model(job).params
+            return references.open_reference(config.model.reference, job.model, job.tokenizer, job.devices)
         return first.params if first else _first_weights(job)
 
-    found = references.fingerprint(weights()) if known is None or first is not None else known
-    remember(job.run, "reference", found)
-
-    def again() -> Any:
-        params = weights()
-        if references.fingerprint(params) != found:
-            fix = "restore it, or set another run_dir"
-            raise DataError("the reference model changed since this run began", str(job.run.folder), fix)
-        return params
-
-    references.attach(
+    references.attach_for_run(
         [*job.batches.opened, *(job.eval_rows.opened if job.eval_rows else ())],
-        found,
-        again,
+        job.run,
+        weights,
         job.model,
+        new=first is not None,
         compute=job.compute,
         devices=job.devices,
         batch_size=config.batch_size // config.micro_batches,
@@ -238,29 +229,17 @@ def _attach_reference(job: Job, first: State | None) -> None:
     )
 
 
-def _reference_model(job: Job) -> Loaded:
-    """`model.reference` in memory. Raises ConfigError unless it has the policy's tokenizer and vocabulary."""
-    name = job.config.model.reference
-    assert name is not None
-    loaded = pretrained.open_model(name, mesh=job.devices)
-    known = loaded.tokenizer
-    if loaded.model.vocab_size != job.model.vocab_size or (known and known.fingerprint() != job.tokenizer.fingerprint()):
-        what = f"{name} has another tokenizer or vocabulary than the model that is trained"
-        raise ConfigError(what, "model.reference", "name a model of the same family, or leave it out")
-    return loaded
-
-
 def _examiner(job: Job) -> Callable[[State], tuple[dict[str, Any], list[dict[str, Any]]]]:
     """What an evaluation does: metrics on the evaluation rows, and continuations of the fixed prompts with their scores."""
     config, host, hosts = job.config.eval, jax.process_index(), jax.process_count()
     place = partial(steps.put, mesh=job.devices)
-    if job.objective.needs_reference or job.objective.rows not in ("documents", "conversations"):
+    if job.objective.rows in ("documents", "conversations"):
+        predict, token_bytes = evaluate.eval_step(job.model, job.compute), job.tokenizer.token_bytes()
+        measure = partial(evaluate.measure, predict, token_bytes=token_bytes)
+    else:
         loss, totals = _loss(job)
         whole = jax.jit(lambda params, batch: loss(params, steps.with_totals(totals, params, batch)))
         measure = partial(evaluate.measure_sums, whole)
-    else:
-        predict, token_bytes = evaluate.eval_step(job.model, job.compute), job.tokenizer.token_bytes()
-        measure = partial(evaluate.measure, predict, token_bytes=token_bytes)
 
     def examine(state: State) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         params = state.params if state.ema is None else state.ema
@@ -299,8 +278,10 @@ def _prompts(config: Config, tokenizer: Tokenizer, template: ChatTemplate | None
 def _check_masks(batches: Batches, eval_rows: EvalRows | None) -> None:
     """Raises DataError when anything but what should be is trained."""
     for entry in (*batches.opened, *(eval_rows.opened if eval_rows else ())):
-        if entry.content.has_weights and (wrong := wrong_mask(entry.cache.meta["counts"])):
-            raise DataError(f"the mask is wrong, {wrong}", entry.source.path, "`maxi check` shows it; set chat.template")
+        counts = entry.cache.meta["counts"]
+        if entry.content.has_weights and (wrong := wrong_mask(counts)):
+            what = f"the mask is wrong, {wrong}"
+            raise DataError(what, counts["wrong_rows"][0], "`maxi check` shows it; set chat.template")
 
 
 def _check_fit(config: Config, tokenizer: Tokenizer, model: Model, devices: Mesh) -> None:

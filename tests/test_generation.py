@@ -21,13 +21,13 @@ from transformers import (
 )
 
 from maxi import generation, hf, mesh
-from maxi.config import MeshConfig
 from maxi.data import bpe
 from maxi.errors import ConfigError, ModelFolderError, NumericsError
 from maxi.generation import complete, conversation, generate, logits, open_chat, stream_text, stream_tokens
 from maxi.hf import Loaded
 from maxi.models.sampling import Sampling, penalize, warp
 from maxi.params import Tree, shardings
+from maxi.sections import MeshConfig
 from tests import tiny
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {

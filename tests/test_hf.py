@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maxi import hf, mesh, params
-from maxi.config import MeshConfig
 from maxi.data import bpe
 from maxi.errors import EnvironmentFault, ModelFolderError, NumericsError
 from maxi.models import Model, from_hf_config
+from maxi.sections import MeshConfig
 from tests import tiny
 from tests.models.test_parity import CASES
 

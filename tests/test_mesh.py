@@ -7,8 +7,8 @@ import jax
 import pytest
 
 from maxi import mesh
-from maxi.config import MeshConfig
 from maxi.errors import ConfigError
+from maxi.sections import MeshConfig
 
 
 @pytest.mark.parametrize(

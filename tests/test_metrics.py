@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from maxi.config import LogConfig
 from maxi.errors import EnvironmentFault, NumericsError
 from maxi.metrics import GIVE_UP_AFTER, Recorder
 from maxi.run import truncate_after
+from maxi.sections import LogConfig
 
 METRICS = {"train/loss": 2.0, "train/tokens": 64.0, "train/skipped": 0.0, "optim/lr": 1e-3, "optim/grad_norm": 1.0}
 
 
-def recorder(folder: Path, mfu: Any = None, total: int = 10, **log: Any) -> Recorder:
-    return Recorder(folder, LogConfig(**log), {"seed": 0}, 0, total, mfu, lambda: 2**31)
+def recorder(folder: Path, mfu: Any = None, total: int = 10, watch: Any = lambda _: [], **log: Any) -> Recorder:
+    return Recorder(folder, LogConfig(**log), {"seed": 0}, 0, total, mfu, lambda: 2**31, watch)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -42,9 +42,16 @@ def test_every_nth_step_and_the_last(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_metrics_hold_nothing_that_depends_on_the_machine(tmp_path: Path) -> None:
     with recorder(tmp_path, every=1) as records:
         records.step(1, METRICS, 0.5)
-        records.evaluation(1, {"loss": 3.0, "bits_per_byte": None}, [("a", "b")])
+        records.evaluation(1, {"loss": 3.0, "bits_per_byte": None}, [{"prompt": "a", "text": "b", "stopped": 1.0}])
     assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, **METRICS}, {"step": 1, "eval/loss": 3.0}]
-    assert lines(tmp_path / "samples.jsonl") == [{"step": 1, "prompt": "a", "text": "b"}]
+    assert lines(tmp_path / "samples.jsonl") == [{"step": 1, "prompt": "a", "text": "b", "stopped": 1.0}]
+
+
+def test_warnings_are_shown_with_their_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with recorder(tmp_path, watch=lambda metrics: ["too hot"] if metrics["train/loss"] > 5 else []) as records:
+        for step in range(1, 11):
+            records.step(step, METRICS | {"train/loss": float(step == 3) * 9}, 0.0)
+    assert capsys.readouterr().out.count("warning at step 3: too hot") == 1
 
 
 def test_gives_up_after_several_steps_that_are_not_finite(tmp_path: Path) -> None:

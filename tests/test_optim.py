@@ -10,9 +10,9 @@ import pytest
 from optax import contrib
 
 from maxi import optim
-from maxi.config import OptimConfig
 from maxi.models import from_hf_config
 from maxi.params import init
+from maxi.sections import OptimConfig
 
 MODEL = from_hf_config(
     {

@@ -12,7 +12,6 @@ import optax
 import pytest
 
 from maxi import mesh, objectives, optim, step
-from maxi.config import MeshConfig, OptimConfig
 from maxi.data.cache import TokenCache
 from maxi.data.loader import stack
 from maxi.data.sample_rows import PairRows
@@ -20,6 +19,7 @@ from maxi.models import decoder, from_hf_config
 from maxi.models.decoder import Compute
 from maxi.objectives.branches import branch_logprobs
 from maxi.params import init
+from maxi.sections import MeshConfig, OptimConfig
 from tests.test_step import SIZES, WINDOWS
 
 SEQ, PAIRS = 80, 13

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from maxi import mesh, params
-from maxi.config import MeshConfig, load
+from maxi.config import load
 from maxi.errors import ConfigError
 from maxi.models import Model, from_hf_config
 from maxi.models.model import LayerKind, blocks
 from maxi.params import Param, Table
+from maxi.sections import MeshConfig
 from tests import golden
 
 SMALL = {

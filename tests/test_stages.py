@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from maxi.config import Source
 from maxi.data import bpe
 from maxi.data.documents import Budget, records
+from maxi.sections import Source
 from tests import golden
 from tests.test_train import assert_same_run, environment, maxi, steps_logged
 

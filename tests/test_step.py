@@ -10,10 +10,10 @@ import optax
 import pytest
 
 from maxi import mesh, objectives, optim, step
-from maxi.config import MeshConfig, OptimConfig
 from maxi.models import decoder, from_hf_config
 from maxi.models.decoder import Compute
 from maxi.params import init
+from maxi.sections import MeshConfig, OptimConfig
 from tests import golden
 
 SIZES = {

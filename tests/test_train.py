@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from maxi.config import Source
 from maxi.data import bpe
 from maxi.data.documents import Budget, read
 from maxi.run import Run
+from maxi.sections import Source
 from tests import golden
 
 STEPS = 24

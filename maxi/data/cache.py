@@ -28,11 +28,11 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from maxi.config import Source
 from maxi.data import documents
 from maxi.data.documents import Budget
 from maxi.data.rows import Rows
 from maxi.errors import DataError, EnvironmentFault
+from maxi.sections import Source
 
 FORMAT = 2
 """Raised when the same inputs would give another cache."""

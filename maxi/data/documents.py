@@ -6,10 +6,10 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from maxi.config import Source
 from maxi.data import formats, hub, python_docs
 from maxi.data.records import Budget, Document, Make, T, document_of, made
 from maxi.errors import DataError
+from maxi.sections import Source
 
 PYTHON_DOCS = "python-docs"
 _EMBEDDED = {PYTHON_DOCS: python_docs.questions, f"{PYTHON_DOCS}-preferences": python_docs.preferences}

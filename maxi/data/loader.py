@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import numpy as np
 
-from maxi.config import ChatConfig, DataConfig, Source
 from maxi.data import cache, documents
 from maxi.data.cache import Content, TokenCache
 from maxi.data.chat_template import ChatTemplate
@@ -25,6 +24,7 @@ from maxi.data.sample_rows import PairRows
 from maxi.data.texts import Texts
 from maxi.data.tokenizer import Tokenizer
 from maxi.errors import ConfigError, DataError
+from maxi.sections import ChatConfig, DataConfig, Source
 
 READ_THREADS = 2
 READ_AHEAD = 4

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from maxi.config import Source
 from maxi.data import streams
 from maxi.data.documents import Budget, records
 from maxi.errors import DataError
+from maxi.sections import Source
 
 Prompt = str | list[dict[str, Any]]
 

@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from maxi.config import Source
 from maxi.data import documents, workers
 from maxi.data.cache import Counts, Item, TokenCache
 from maxi.data.documents import Budget
 from maxi.data.rows import PackedRows
 from maxi.data.tokenizer import Tokenizer
+from maxi.sections import Source
 
 
 class Texts:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from maxi.config import Source
 from maxi.data.documents import Budget, Document, read
 from maxi.data.packing import best_fit
+from maxi.sections import Source
 
 if TYPE_CHECKING:
     from maxi.data.tokenizer import Tokenizer

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from maxi.config import Source
 from maxi.data import cache, workers
 from maxi.data.cache import TokenCache
 from maxi.data.texts import Texts
 from maxi.data.tokenizer import Tokenizer
 from maxi.errors import DataError, EnvironmentFault
+from maxi.sections import Source
 
 Prose = Callable[[int, int], str]
 

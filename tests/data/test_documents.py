@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from maxi.config import Source
 from maxi.data import documents, formats, hub, python_docs, streams
 from maxi.data.documents import Budget
 from maxi.errors import DataError, EnvironmentFault
+from maxi.sections import Source
 
 TEXTS = ["one\nline", "zwei Zeilen 🎉", "三"]
 

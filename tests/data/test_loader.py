@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from maxi.config import DataConfig, Source
 from maxi.data import loader
 from maxi.data.loader import Batches, EvalRows
 from maxi.data.texts import Texts
 from maxi.data.tokenizer import Tokenizer
 from maxi.errors import ConfigError, DataError
+from maxi.sections import DataConfig, Source
 
 Prose = Callable[[int, int], str]
 T, B = 16, 4

@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from maxi.config import Source
 from maxi.data import documents
 from maxi.data.documents import Budget
 from maxi.data.messages import FIELDS, Conversation, conversation_of, labelled_of, preference_of
 from maxi.errors import ConfigError, DataError
+from maxi.sections import Source
 
 Row = dict[str, Any]
 USER, BOT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": " hello\n"}
