@@ -271,12 +271,23 @@ def _explain(error: BaseException) -> MaxiError:
     return MaxiError(f"unexpected {type(error).__name__}, {first}", "", "run again with --debug and report it")
 
 
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments; argparse alone takes overrides only where they stand right behind the config."""
+    top = parser()
+    args, rest = top.parse_known_args(argv)
+    if rest and hasattr(args, "overrides") and not any(text.startswith("-") for text in rest):
+        args.overrides += rest
+    elif rest:
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
     try:
-        args = parser().parse_args(argv)
+        args = _parse(argv)
         _set_up_logging(logging.INFO if args.run in (_train, _quickstart) else logging.WARNING)
         args.run(args)
     except KeyboardInterrupt:

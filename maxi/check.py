@@ -125,7 +125,7 @@ def _verdict(report: dict[str, Any]) -> Iterator[str]:
         yield f"{name}: text before the answer as it will be served: {same:,} of {counts['turns']:,}"
         yield f"{name}: real tokens in rows: {source['real_tokens']:.1%}"
         for reason, rows in counts["dropped"].items():
-            yield f"{name}: {counts[reason]:,} {PHRASES[reason]}, such as {_named(rows)}"
+            yield f"{name}: {PHRASES[reason]}: {counts[reason]:,}, such as {_named(rows)}"
         if source["wrong"]:
             yield f"{name}: WRONG: {source['wrong']}, such as in {_named(counts['wrong_rows'])}"
         else:

@@ -20,7 +20,7 @@ from maxi.config import Config, load
 from maxi.data import bpe
 from maxi.data.documents import Budget, read
 from maxi.errors import ConfigError, ModelFolderError
-from maxi.generation import complete, conversation, ids_of, open_chat
+from maxi.generation import complete, conversation, ids_of, open_chat, visible
 from maxi.hf import Loaded
 from maxi.models.sampling import Sampling
 from maxi.run import Run
@@ -29,6 +29,8 @@ from maxi.train import Summary, train
 log = logging.getLogger("maxi")
 
 NEW_TOKENS = 48
+EVERYWHERE = ("log.", "mesh.", "compute.", "data.cache_dir")
+"""Overrides that hold for every stage."""
 STAGES = {"sft": "supervised fine-tuning", "dpo": "preference optimisation"}
 
 
@@ -45,8 +47,8 @@ def quickstart(config: Config, config_path: str, overrides: Sequence[str] = ()) 
     """Tokenizer, pretraining, the stages beside the config, and a turn of chat with the last export; then what came of it.
 
     The tokenizer goes to `config.tokenizer` with as many ids as `model.config.vocab_size` says; it and the model read
-    `data.train`. `overrides` hold for the first config, but for `run_dir`, to which later stages add their name. Raises
-    ConfigError when the config names neither tokenizer nor vocabulary.
+    `data.train`. `overrides` hold for the first config, those of EVERYWHERE for all; later stages add their name to
+    its `run_dir`. Raises ConfigError when the config names neither tokenizer nor vocabulary.
     """
     begin = time.monotonic()
     log.info("== tokenizer ==")
@@ -59,7 +61,7 @@ def quickstart(config: Config, config_path: str, overrides: Sequence[str] = ()) 
             log.info("== %s ==", name)
             run_dir = f"{config.run_dir}_{key}"
             own = [f"run_dir={run_dir}", f"model.init_from={stages[-1].config.run_dir}"]
-            stage = load(path, own + [text for text in overrides if text.startswith("log.")])
+            stage = load(path, own + [text for text in overrides if text.startswith(EVERYWHERE)])
             stages.append(Stage(name, stage, train(stage)))
     last = stages[-1].config
     log.info("== the exported model ==")
@@ -114,7 +116,8 @@ def _say(folder: Path, prompts: Sequence[str], *, chat: bool, system: str | None
                 raise ModelFolderError(what, str(folder), "report it")
         log.info("transformers generates the same texts with torch")
     for prompt, each in zip(prompts, made, strict=True):
-        log.info("%s", f"user: {prompt}\nassistant: {each.text.strip()}" if chat else f"{prompt!r} -> {each.text!r}")
+        said = visible(each.text.strip())
+        log.info("%s", f"user: {prompt}\nassistant: {said}" if chat else f"{prompt!r} -> {said!r}")
 
 
 def _prompt_ids(loaded: Loaded, tokenizer: Any, prompts: Sequence[str], chat: bool, system: str | None) -> list[Sequence[int]]:
@@ -155,7 +158,8 @@ def _summary(stages: Sequence[Stage], seconds: float, config_path: str) -> list[
     runs = " ".join(stage.config.run_dir for stage in stages)
     tries = [f"{maxi} chat {last.run_dir}"] if len(stages) > 1 else []
     tries += [f'{maxi} generate {first.run_dir} --prompt "Return the" --temperature 0.8 --top-p 0.9']
-    tries += [f"{maxi} train {config_path} run_dir=runs/longer steps={4 * first.steps}", f"{maxi} report {runs}"]
+    tries += [f"{maxi} train {config_path} run_dir=runs/longer steps={4 * first.steps}"]
+    tries += [f"{maxi} report {runs}"] if importlib.util.find_spec("matplotlib") else []
     return [
         *lines,
         f"time          {seconds:.0f} s",

@@ -1,16 +1,18 @@
 """What the reference model says of every answer: computed once before training, kept on disk, put into the rows.
 
-Training then never holds a second model. A file is named by all that decides its numbers: the reference's weights, the
-ids and weights of the answers (so also tokenizer, template and policies), how long they may be, and the dtype of the
-computation. Under another name it cannot be found, and a run remembers which weights it began with, so a stale one is
-refused.
+Training then never holds a second model. A file is named by all that decides its numbers: the reference's weights and
+architecture, the ids and weights of the answers (so also tokenizer, template and policies), how long they may be, and the
+dtype of the computation. Under another name it cannot be found, and a run remembers which weights it began with, so a
+stale one is refused; it ends with its own checksum, so a damaged one is computed again.
 """
 
 import hashlib
+import io
 import json
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,18 +27,21 @@ from maxi.data.loader import Opened, stack
 from maxi.data.sample_rows import PairRows
 from maxi.data.tokenizer import Tokenizer
 from maxi.errors import ConfigError, DataError, EnvironmentFault
+from maxi.hf import Loaded
 from maxi.models import Model, decoder
 from maxi.models.decoder import Compute
 from maxi.objectives.branches import branch_logprobs
 from maxi.params import Tree
-from maxi.pretrained import open_model
+from maxi.pretrained import model_folder, read_model
 from maxi.run import Run, remember, remembered
 from maxi.step import Batch, put
 
 log = logging.getLogger("maxi")
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the same inputs would give other numbers."""
+
+_CHECKSUM = hashlib.sha256().digest_size
 
 SAY_EVERY = 30.0
 """Seconds between lines that tell how far it is."""
@@ -51,19 +56,18 @@ def fingerprint(params: Tree) -> str:
     return sha.hexdigest()
 
 
-def open_reference(name: str, policy: Model, tokenizer: Tokenizer, devices: Mesh) -> Tree:
-    """The weights of a MODEL to compare with. Raises ConfigError unless it has the policy's tokenizer and architecture."""
-    loaded = open_model(name, mesh=devices)
-    known = loaded.tokenizer
-    if _shape(loaded.model) != _shape(policy) or (known and known.fingerprint() != tokenizer.fingerprint()):
-        what = f"{name} has another tokenizer or architecture than the model that is trained"
+def check(name: str, policy: Model, tokenizer: Tokenizer) -> None:
+    """Raises ConfigError unless a MODEL to compare with has the policy's tokenizer and architecture; reads no weights."""
+    found = Loaded(read_model(name), {}, model_folder(name))
+    same = found.tokenizer is None or found.tokenizer.fingerprint() == tokenizer.fingerprint()
+    if not same or _architecture(found.model) != _architecture(policy):
+        what = f"{name} has another {'architecture' if same else 'tokenizer'} than the model that is trained"
         raise ConfigError(what, "model.reference", "name a model of the same shape, or leave it out")
-    return loaded.params
 
 
-def _shape(model: Model) -> Any:
+def _architecture(model: Model) -> str:
     """All that decides what weights compute."""
-    return set(model.table.params), dict(model.table.sizes), model.layers, model.rope, model.norm_eps
+    return repr([sorted(model.table.params), sorted(model.table.sizes.items()), model.layers, model.rope, model.norm_eps])
 
 
 def attach_for_run(opened: list[Opened], run: Run, params: Callable[[], Tree], model: Model, *, new: bool, **how: Any) -> None:
@@ -105,56 +109,63 @@ def attach(
     """
     folder = Path(cache_dir).expanduser() / "references" if cache_dir else cache.default_dir().parent / "references"
     found: Tree | None = None
+    of_batch = jax.jit(partial(_of_batch, model, compute))  # rows of all sources have one shape, so it compiles once
     for entry in opened:
         rows = entry.rows
         assert isinstance(rows, PairRows)
-        file = folder / f"{_key(entry, rows, weights, compute)}.npy"
+        file = folder / f"{_key(entry, rows, weights, model, compute)}.npy"
         rows.reference = _read(file, len(rows.sizes))
         if rows.reference is not None:
             log.info("reference: %s, %d pairs from the cache", entry.source.path, len(rows.sizes))
             continue
         found = params() if found is None else found
-        rows.reference = _compute(entry, rows, found, model, compute, devices, batch_size)
+        rows.reference = _compute(entry, rows, partial(of_batch, found), devices, batch_size)
         _write(file, rows.reference)
 
 
-def _key(entry: Opened, rows: PairRows, weights: str, compute: Compute) -> str:
-    parts = [FORMAT, weights, entry.cache.fingerprint, rows.width, jnp.dtype(compute.dtype).name]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+def _key(entry: Opened, rows: PairRows, weights: str, model: Model, compute: Compute) -> str:
+    made_of = [weights, _architecture(model), entry.cache.fingerprint, rows.width, jnp.dtype(compute.dtype).name]
+    return hashlib.sha256(json.dumps([FORMAT, *made_of]).encode()).hexdigest()[:32]
 
 
 def _read(file: Path, items: int) -> np.ndarray | None:
-    """None when it is not there or not whole."""
+    """None when it is not there or not as it was written."""
     try:
-        found = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        content = file.read_bytes()
+    except OSError:
         return None
-    return found if found.shape == (items, 2) and found.dtype == np.float32 and np.isfinite(found).all() else None
+    if hashlib.sha256(content[:-_CHECKSUM]).digest() != content[-_CHECKSUM:]:
+        return None
+    found = np.load(io.BytesIO(content[:-_CHECKSUM]))
+    return found if found.shape == (items, 2) and np.isfinite(found).all() else None
 
 
 def _write(file: Path, values: np.ndarray) -> None:
+    """`.npy`, and the sha256 of all of it behind, which readers of `.npy` pass over."""
+    content = io.BytesIO()
+    np.save(content, values)
     aside = file.with_name(f".{file.name}.{time.time_ns()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("wb") as out:
-            np.save(out, values)
+        aside.write_bytes(content.getvalue() + hashlib.sha256(content.getvalue()).digest())
         aside.replace(file)
     except OSError as error:
+        with suppress(OSError):
+            aside.unlink()
         fix = "free space, or name another place with data.cache_dir"
         raise EnvironmentFault(f"cannot keep the reference, {error.strerror}", str(file.parent), fix) from None
 
 
 def _compute(
-    entry: Opened, rows: PairRows, params: Tree, model: Model, compute: Compute, devices: Mesh, batch_size: int
+    entry: Opened, rows: PairRows, of_batch: Callable[[Batch], jax.Array], devices: Mesh, batch_size: int
 ) -> np.ndarray:
     """Float32 [items, 2]: the log-probability of both branches of every item."""
     values = np.zeros((len(rows.sizes), 2), np.float32)
     said = begin = time.monotonic()
-    of_batch = jax.jit(partial(_of_batch, model, compute))
     for start in range(0, len(rows), batch_size):
         numbers = range(start, min(start + batch_size, len(rows)))
         batch = stack([rows[number] for number in numbers] + [rows.blank()] * (batch_size - len(numbers)))
-        both = np.asarray(of_batch(params, put(batch, devices)))
+        both = np.asarray(of_batch(put(batch, devices)))
         for number, pairs_of_row in zip(numbers, both, strict=False):
             items = rows.items(number)
             values[items] = pairs_of_row[: len(items)]

@@ -36,7 +36,8 @@ class Source:
     """One place documents come from."""
 
     path: str
-    """A .txt, .json(l) or .parquet file (or .gz, .zst), a folder, a glob, a dataset saved on disk, hf://name, python-docs."""
+    """A .txt, .json(l) or .parquet file (or .gz, .zst), a folder, a glob, a dataset saved on disk, hf://name, python-docs,
+    python-docs-preferences."""
     weight: Positive = 1.0
     """Share of rows drawn from this source, relative to the others."""
     field: str = "text"

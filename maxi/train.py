@@ -111,6 +111,8 @@ def _prepare(config: Config, run: Run) -> Job:
     log.info("devices: %s", mesh.describe(devices))
     tokenizer, model = _tokenizer_and_model(config)
     _check_fit(config, tokenizer, model, devices)
+    if config.model.reference:
+        references.check(config.model.reference, model, tokenizer)
 
     with open_template(objective.rows, config.chat, tokenizer) as template:
         content = content_of(objective.rows, config.data, config.chat, tokenizer, template, config.seq_len)
@@ -213,7 +215,7 @@ def _attach_reference(job: Job, first: State | None) -> None:
 
     def weights() -> Any:
         if config.model.reference:
-            return references.open_reference(config.model.reference, job.model, job.tokenizer, job.devices)
+            return pretrained.open_model(config.model.reference, mesh=job.devices).params
         return first.params if first else _first_weights(job)
 
     references.attach_for_run(

@@ -1,21 +1,25 @@
-"""README.md holds: its map is the tree, its commands parse, its keys and configs exist, its notebook example runs."""
+"""README.md holds: its map is the tree, its commands parse, its keys and configs exist, its rows are read, its losses are the
+config's, its notebook example runs."""
 
 import hashlib
+import json
 import re
 import shlex
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import jax
 import numpy as np
 import pytest
 
-from maxi import config, errors, hf, params
+from maxi import config, data, errors, hf, objectives, params, sections
 from maxi.__main__ import parser
-from maxi.data import bpe
+from maxi.data import bpe, messages
+from maxi.data.examples import READERS as ROWS
 from maxi.data.formats import READERS
 from maxi.models import FAMILIES, from_hf_config
+from maxi.objectives.dpo import LOSSES
 from maxi.run import Run
 
 ROOT = Path(__file__).parent.parent
@@ -46,6 +50,12 @@ def first_column(text: str) -> list[str]:
     """What stands in backticks, or bare, in the first cell of each row of a table."""
     rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("|")]
     return [cell.strip("`") for cell in rows[2:]]
+
+
+def table(text: str, head: str) -> list[list[str]]:
+    """The cells of each row of the table under a line that begins with `head`."""
+    rows = text[text.index(f"\n{head}") :].strip().split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
 
 
 def mapped() -> list[str]:
@@ -124,11 +134,59 @@ def test_keys_exist() -> None:
 
 
 def test_examples_of_values_are_accepted() -> None:
-    """`optim.lr=1e-3` and the like load, one by one, over a config that has them."""
+    """`optim.lr=1e-3` and the like load, one by one, with an objective that has them."""
     for text in inline():
         key, equals, _ = text.partition("=")
         if equals and key in KEYS:
-            config.load(ROOT / "configs/quickstart.yaml", ["batch_size=8", text])
+            name = "dpo" if key.startswith("objective.loss_type") else "sft" if key.startswith("chat.") else "pretrain"
+            config.load(ROOT / "configs/quickstart.yaml", ["batch_size=8", f"objective={name}", text])
+
+
+def test_rows_that_it_reads_are_read() -> None:
+    """Each example, and each other name that its cell gives to a field."""
+    shown = set()
+    for objective, cell in table(section("Rows it reads"), "| Objective |"):
+        example, *others = re.findall(r"`([^`]+)`", cell.partition("; ")[0])
+        row = json.loads(example)
+        kind = objectives.OBJECTIVES[objective.strip("`")].rows  # type: ignore[attr-defined]
+        names = [name for name in row if name not in ("prompt", "instruction", "input", "history", "question", "label")]
+        renamed = dict(zip(names, others, strict=False)) if " also as " in cell else {}
+        found = [ROWS[kind](record, "a:1", {}, None) for record in (row, {renamed.get(name, name): row[name] for name in row})]
+        assert found[0] == found[1], cell
+        shown |= {name for record in (row, renamed.values()) for name in record}
+    layouts = (*messages._CONVERSATIONS, *messages._PAIRS)
+    assert {name for layout in layouts for name in layout} <= shown, "a layout is not shown"
+
+
+def test_roles_are_those_that_are_understood() -> None:
+    rows = table(section("Rows it reads"), "| Role |")
+    told = {name: role.strip("`") for role, names in rows for name in re.findall(r"`(\w+)`", names.partition("; or")[0])}
+    assert told == messages._ROLES
+
+
+def test_losses_are_those_of_the_config_and_their_sources_those_of_the_code() -> None:
+    rows = table(section("Preferences"), "| Loss |")
+    assert [name.strip("`") for name, _, _ in rows] == list(get_args(sections.DPOLoss))
+    for name, _, source in rows:
+        if loss := LOSSES.get(name.strip("`")):
+            told, known = (
+                set(re.findall(r"arXiv:\d+\.\d+|equation \d+(?:\.\d+)?", text)) for text in (source, loss.__doc__ or "")
+            )
+            assert told == known, name
+    for name in get_args(get_type_hints(sections.KTOConfig)["loss_type"]):
+        assert f"`{name}`" in section("Preferences")
+
+
+def test_metrics_exist() -> None:
+    goldens = [path.read_text("utf-8").split() for path in (ROOT / "tests/goldens").glob("metric_names*.txt")]
+    known = {name for names in goldens for name in names} | {"perf/mfu"}  # of devices whose peak is known
+    told = {text for text in inline() if re.fullmatch(r"(train|eval|rewards|logps|perf|optim)/\w+", text)}
+    assert len(told) > 10 and told <= known, told - known
+
+
+def test_the_path_of_data_names_every_file() -> None:
+    files = {path.name for path in (ROOT / "maxi/data").iterdir() if path.is_file()} - {"__init__.py"}
+    assert set(re.findall(r"\w+\.(?:py|jinja)", data.__doc__ or "")) == files
 
 
 def test_extras_are_those_of_the_package() -> None:
@@ -156,7 +214,7 @@ def test_the_run_folder_is_that_of_the_code() -> None:
     run = Run("")
     paths = {str(path) for path in vars(run).values() if path != run.folder}
     listed = {line.split()[0].rstrip("/") for line in blocks(section("A run folder"))[0].splitlines()}
-    assert listed == paths | {"lock"}
+    assert listed == paths | {"lock", "check.html", "report.html", "report_files"}  # what other commands put there
 
 
 def test_the_split_pattern_has_the_digest_that_ollama_calls_qwen2() -> None:

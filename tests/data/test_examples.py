@@ -1,5 +1,5 @@
-"""Conversations as ids and weights: against transformers' masks and by hand; what is cut, dropped and counted; and an audit
-that is right about right masks and sees wrong ones."""
+"""Conversations as ids and weights: against transformers' masks and by hand; what is cut, dropped and counted; and what
+another cache is made for. Whether masks are right is `test_audit.py`'s."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from maxi.data import bpe
-from maxi.data.audit import Sample, audit, wrong_mask
+from maxi.data.audit import wrong_mask
 from maxi.data.cache import Item
 from maxi.data.chat_template import ChatTemplate
 from maxi.data.documents import Budget
@@ -301,7 +301,8 @@ def test_a_share_of_rows_is_drawn_once_and_for_all(make: Make, prose: Callable[[
         assert all(made.tokenizer.decode(part).count("<|im_start|>") == 0 for part in item.parts[1:])
         assert made.tokenizer.decode(item.parts[0]).count("<|im_start|>") == 3
     answers = [{"prompt": row["prompt"], "completion": row["rejected"], "kind": "a"} for row in rows]
-    assert drawn == [system_of(make(answers, **chat), n) for n in range(100)]
+    alone = make(answers, **chat)
+    assert drawn == [system_of(alone, n) for n in range(100)]
 
 
 # --- pairs and labels ---
@@ -383,80 +384,6 @@ def test_thinking_is_learned_where_the_template_shows_it(make: Make, tokenizer: 
         cut = size(tokenizer, made.text()) - 1
         left = make([{"messages": THOUGHT}], template=template, seq_len=cut, too_long="truncate_left")
         assert left.learned() == made.learned()[1:] and left.text().startswith("<|im_start|>user\nand?")
-
-
-# --- the audit ---
-
-
-@pytest.fixture(scope="module")
-def sample(tokenizer: Tokenizer, chatml: ChatTemplate, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Sample]:
-    """sample(messages, **chat): a conversation as it is before anything is cut."""
-
-    def made(messages: list[dict[str, Any]], **chat: Any) -> Sample:
-        path = tmp_path_factory.mktemp("sample") / "a.jsonl"
-        path.write_text(json.dumps({"messages": messages}))
-        examples = Examples("conversations", tokenizer, chatml, ChatConfig(**chat), 500)
-        return next(examples.samples(Source(path=str(path)), Budget()))[0]
-
-    return made
-
-
-def verdict(found: Sample, template: ChatTemplate, weights: np.ndarray | None = None) -> str | None:
-    """What the audit says of a sample with other weights."""
-    found = found if weights is None else found._replace(weights=weights)
-    return wrong_mask(audit([found], template.end_token_id, ()))
-
-
-SHORT = [user("b, e or n?"), says("e"), user("n"), says("n"), user("|"), says("start"), user("im"), says("user")]
-
-
-@pytest.mark.parametrize(
-    "messages", [TALK, SHORT, [*FIRST, *SECOND], [user("say home"), says("home"), user("home"), says("home")]]
-)
-def test_a_right_mask_is_right_whatever_the_words(
-    sample: Callable[..., Sample], chatml: ChatTemplate, messages: list[dict[str, Any]]
-) -> None:
-    """Words that stand in headers, in control tokens, in questions and in calls as well."""
-    for chat in ({}, {"train_on": "last"}, {"train_on_prompt": True}):
-        found = sample(messages, **chat)
-        assert verdict(found, chatml) is None
-        counts = audit([found], chatml.end_token_id, ())
-        assert counts["trained_answer_tokens"] == counts["answer_tokens"] > 0 and not counts["altered_turns"]
-
-
-def test_wrong_masks_are_seen(sample: Callable[..., Sample], chatml: ChatTemplate) -> None:
-    found = sample(TALK)
-    text = found.rendered.text
-
-    def without(start: int, stop: int, weight: float = 0.0) -> np.ndarray:
-        weights = found.weights.copy()
-        weights[found.inside(start, stop)] = weight
-        return weights
-
-    dark = text.index("dark")
-    last_line = text.index("rain")
-    half = without(dark, last_line)  # all before the last line break of an answer, as masks by lines do
-    assert (half != found.weights).any()
-    assert "answer tokens are not trained" in (verdict(found, chatml, half) or "")
-    no_end = without(text.rindex(END), len(text))
-    assert verdict(found, chatml, no_end) == "1 of 2 answers are trained without their end token"
-    asked = text.index("the wind?")
-    for start, stop in ((asked, asked + 3), (asked, asked + 9), (text.index("brief"), text.index("brief") + 5)):
-        assert "users, tools, the system" in (verdict(found, chatml, without(start, stop, 1.0)) or "")
-    assert "answer tokens are not trained" in (verdict(found, chatml, without(text.index("calm"), dark)) or "")
-    last = sample(TALK, train_on="last")
-    leaked = np.where(last.weights > 0, 1, found.weights)  # both answers
-    assert "answers to leave out are trained" in (verdict(last, chatml, leaked) or "")
-
-
-def test_an_answer_without_a_turn_is_not_trained(sample: Callable[..., Sample], chatml: ChatTemplate) -> None:
-    """As if the template's reading had overlooked it."""
-    found = sample(TALK)
-    rendered = found.rendered._replace(turns=found.rendered.turns[1:])
-    weights = found.weights.copy()
-    weights[found.inside(0, found.rendered.turns[0].end)] = 0
-    wrong = verdict(found._replace(rendered=rendered), chatml, weights)
-    assert wrong is not None and "answer tokens are not trained" in wrong
 
 
 def test_a_call_may_end_in_its_own_way(make: Make, tokenizer: Tokenizer) -> None:

@@ -131,10 +131,10 @@ def _rounds(comparison: Comparison, job: Mapping[str, Any]) -> Iterator[Round]:
     for number in range(1, job["rounds"] + 1):
         found: Round = {}
         for role, name, variant in runs:
-            load, begin = os.getloadavg()[0], time.monotonic()
+            begin = time.monotonic()
             found[name] = _with_rates(_run(role, {**job, "variant": variant, "number": number}))
             line = f"round {number} of {job['rounds']}: {name}: {found[name]['answer']:,.0f} answer tokens/s"
-            print(f"{line} ({time.monotonic() - begin:.0f} s in all, load before {load:.2f})", flush=True)
+            print(f"{line} ({time.monotonic() - begin:.0f} s in all)", flush=True)
         yield found
 
 
@@ -159,8 +159,8 @@ def _machine(threads: int) -> str:
     cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("maxi", "jax", "trl", "transformers", "torch")]
-    first = f"{cpu}, {os.cpu_count()} cores of which {threads} are used, {memory:.0f} GiB, {platform.system()}"
-    return f"{first}\nPython {platform.python_version()}, {', '.join(versions)}"
+    cores = f"{os.cpu_count()} cores of which {threads} are used, load {os.getloadavg()[0]:.2f} before"
+    return f"{cpu}, {cores}, {memory:.0f} GiB, {platform.system()}\nPython {platform.python_version()}, {', '.join(versions)}"
 
 
 def _plan(comparison: Comparison, job: Mapping[str, Any]) -> str:
