@@ -133,7 +133,7 @@ def _verdict(report: dict[str, Any]) -> Iterator[str]:
 
 
 def _named(rows: Sequence[str]) -> str:
-    return ", ".join(Path(where).name for where in rows)
+    return "; ".join(Path(where).name for where in rows)  # "a.parquet, row 2" has a comma of its own
 
 
 def _shown(entry: Opened, tokenizer: Tokenizer, skip_bad: int) -> Iterator[list[Shown]]:

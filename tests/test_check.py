@@ -15,7 +15,7 @@ from maxi.data import bpe
 from maxi.data.chat_template import ChatTemplate
 
 END = "<|im_end|>"
-HOSTILE = "a <script>alert('b')</script> & \x1b[31mred"
+HOSTILE = "a <script>alert('b')</script> & \x1b[31mred <tool_call>"  # the last is one token
 TALKS = [
     {"messages": [{"role": "user", "content": "the sea?"}, {"role": "assistant", "content": "calm\n\nand dark"}]},
     {"question": HOSTILE, "answer": HOSTILE},
@@ -162,7 +162,7 @@ def test_the_page_shows_words_and_runs_nothing(check: Check, tmp_path: Path) -> 
     assert f"page: {tmp_path}/shown.html" in check("sft", "--html", str(tmp_path / "shown.html"))[1]
     page = Page(tmp_path / "shown.html")
     shown = HOSTILE.replace("\x1b", "\\x1b")
-    assert "script" not in page.tags and len(page.texts) == 5
+    assert not {"script", "tool_call"} & page.tags and len(page.texts) == 5
     assert page.words(1) == f"<|im_start|>user\n{shown}{END}\n<|im_start|>assistant\n{shown}{END}\n"
     assert page.words(1, "t") == f"{shown}{END}" and page.words(4, "w") == f"c{END}" and not page.words(4, "t")
 

@@ -121,19 +121,19 @@ class Examples:
             parts, first = [whole.conversation], whole.prompt
         read = []
         for part in parts:
-            with_system = self._with_system(part, key=parts[0])
+            with_system = self._with_system(part)
             shift = len(with_system.messages) - len(part.messages)
             rendered = self._template.render(with_system.messages, with_system.tools, where)
             read.append((with_system, rendered, first + shift if first else 0))
         return whole, read
 
-    def _with_system(self, conversation: Conversation, key: Conversation) -> Conversation:
-        """The system prompt that the policy gives; `key` decides for both conversations of a pair."""
+    def _with_system(self, conversation: Conversation) -> Conversation:
+        """The system prompt that the policy gives; by the first message, so the same one to both sides of a pair."""
         chat = self._chat
         if conversation.messages[0]["role"] == "system" or not (chat.system or chat.system_prompts):
             return conversation
-        first = next(m for m in key.messages if m["role"] != "system")
-        drawn = int.from_bytes(hashlib.blake2b(_text([first]), digest_size=8).digest(), "big") / 2.0**64
+        first = _text(conversation.messages[:1])
+        drawn = int.from_bytes(hashlib.blake2b(first, digest_size=8).digest(), "big") / 2.0**64
         text = chat.system if drawn < chat.system_share and chat.system else None
         text = text or chat.system_prompts.get(conversation.category or "")
         if text is None:
@@ -225,7 +225,7 @@ class Examples:
             what = f"of {counts['rows']} rows {lost} have nothing to learn and {counts['dropped_too_long']} are over seq_len"
             some = [where for rows in counts["dropped"].values() for where in rows][:SHOWN]
             fix = "raise seq_len, set chat.too_long, look at `maxi check`, or raise chat.max_dropped"
-            raise DataError(what, f"{source.path}, such as {', '.join(Path(where).name for where in some)}", fix)
+            raise DataError(what, f"{source.path}, such as {'; '.join(Path(where).name for where in some)}", fix)
 
 
 COUNTS = (

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from maxi.data.audit import Sample, audit, wrong_mask
 from maxi.data.chat_template import ChatTemplate
@@ -15,13 +16,15 @@ from maxi.data.documents import Budget
 from maxi.data.examples import Examples
 from maxi.data.tokenizer import Tokenizer
 from maxi.sections import ChatConfig, Source
-from tests.data.chat_templates import ADD, says, user
+from tests.data.chat_templates import ADD, CONTROL, CONVERSATIONS, TEMPLATES, says, user
 
 END = "<|im_end|>"
 TALK = [{"role": "system", "content": "Be brief."}, user("the sea?"), says("calm"), user("the wind?"), says("dark\n\nrain")]
 SHORT = [user("b, e or n?"), says("e"), user("n"), says("n"), user("|"), says("start"), user("im"), says("user")]
 ECHO = [user("say home"), says("home"), user("home"), says("say home"), user("say home"), says("home")]
 CALLED = [user("1+1?"), says("", tool_calls=[ADD]), {"role": "tool", "content": "add"}, says("add, a"), user("a"), says("<é>")]
+
+POLICIES: list[dict[str, Any]] = [{}, {"train_on": "last"}, {"train_on_prompt": True}]
 
 Make = Callable[..., Sample]
 
@@ -69,7 +72,7 @@ def spanning(found: Sample, number: int, start: int, end: int) -> Sample:
     return found._replace(rendered=found.rendered._replace(turns=tuple(turns)), weights=weights)
 
 
-@pytest.mark.parametrize("chat", [{}, {"train_on": "last"}, {"train_on_prompt": True}], ids=str)
+@pytest.mark.parametrize("chat", POLICIES, ids=str)
 @pytest.mark.parametrize("messages", [TALK, SHORT, ECHO, CALLED], ids=["talk", "short", "echo", "called"])
 def test_a_right_mask_is_right(make: Make, verdict: Any, chatml: ChatTemplate, messages: Any, chat: dict[str, Any]) -> None:
     """Also of words that stand in headers, control tokens, questions and calls as well."""
@@ -80,6 +83,35 @@ def test_a_right_mask_is_right(make: Make, verdict: Any, chatml: ChatTemplate, m
     excluded = answers - 1 if "train_on" in chat else 0
     assert counts["turns"] == counts["ended_turns"] == answers - excluded and counts["excluded_turns"] == excluded
     assert not counts["altered_turns"] + counts["cut_turns"] + counts["other_prefix"]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_right_masks_of_many_templates(name: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Some change what was said, show the system's message elsewhere, or end a call with a token of its own."""
+    theirs = AutoTokenizer.from_pretrained(tokenizer.folder)
+    theirs.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>", "additional_special_tokens": CONTROL})
+    theirs.chat_template = TEMPLATES[name]
+    ours, path = Tokenizer(theirs, tokenizer.folder), tmp_path / "a.jsonl"
+    talks = [talk for which, talk in CONVERSATIONS.items() if (name, which) not in (("llama2", "called"), ("llama2", "longer"))]
+    path.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    with ChatTemplate(ours) as template:
+        for policy in POLICIES:
+            counts: dict[str, Any] = {}
+            content = Examples("conversations", ours, template, ChatConfig(**policy), 900)
+            assert len(list(content.items(Source(path=str(path)), Budget(), counts))) == len(talks)
+            assert wrong_mask(counts) is None and counts["answer_tokens"] > 0 and counts["wrong_rows"] == []
+            assert counts["turns"] + counts["excluded_turns"] == sum(m["role"] == "assistant" for talk in talks for m in talk)
+
+
+def test_an_answer_may_quote_what_the_template_shows_otherwise(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """What a tool said stands in the text as JSON, so its words are found in the answer alone."""
+    path, said = tmp_path / "a.jsonl", '{"n": 4}'
+    path.write_text(json.dumps({"messages": [*CALLED[:2], {"role": "tool", "content": said}, says(f"It says {said}.")]}))
+    written = TEMPLATES["qwen25"].replace("+ message.content +", "+ (message.content | tojson) +")
+    with ChatTemplate(tokenizer, written) as template:
+        counts: dict[str, Any] = {}
+        list(Examples("conversations", tokenizer, template, ChatConfig(), 500).items(Source(path=str(path)), Budget(), counts))
+    assert wrong_mask(counts) is None and counts["turns"] == 2
 
 
 def test_weights_that_are_wrong_are_seen(make: Make, verdict: Any) -> None:

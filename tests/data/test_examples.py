@@ -21,7 +21,7 @@ from maxi.data.examples import SHOWN, Examples, Kind
 from maxi.data.tokenizer import Tokenizer
 from maxi.errors import DataError
 from maxi.sections import ChatConfig, Source
-from tests.data.chat_templates import CONTROL, LLAMA3, QWEN3, says, user
+from tests.data.chat_templates import QWEN3, says, user
 
 END = "<|im_end|>"
 TOLD = {"role": "system", "content": "Be brief."}
@@ -384,16 +384,6 @@ def test_thinking_is_learned_where_the_template_shows_it(make: Make, tokenizer: 
         cut = size(tokenizer, made.text()) - 1
         left = make([{"messages": THOUGHT}], template=template, seq_len=cut, too_long="truncate_left")
         assert left.learned() == made.learned()[1:] and left.text().startswith("<|im_start|>user\nand?")
-
-
-def test_a_call_may_end_in_its_own_way(make: Make, tokenizer: Tokenizer) -> None:
-    theirs = AutoTokenizer.from_pretrained(tokenizer.folder)
-    theirs.add_special_tokens({"bos_token": "<s>", "additional_special_tokens": CONTROL})
-    ours = Tokenizer(theirs, tokenizer.folder)
-    with ChatTemplate(ours, LLAMA3, {"date": "today"}) as template:
-        made = make([{"messages": FIRST}], tokenizer=ours, template=template)
-    assert [text[-7:] for text, _ in made.learned()] == ["<|eom|>", "<|eot|>"]
-    assert made.counts["turns"] == made.counts["ended_turns"] == 2 and wrong_mask(made.counts) is None
 
 
 def test_rows_with_a_wrong_mask_are_named(make: Make, monkeypatch: pytest.MonkeyPatch, chatml: ChatTemplate) -> None:
