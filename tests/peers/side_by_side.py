@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-4
 """How far apart losses on the same rows may be; of log-probabilities, which are sums over answers, as a share."""
 
+QUIET = 0.03
+"""The share of the machine that others may take without spoiling a measurement."""
+
 MAXI = "maxi"
 Found = dict[str, Any]
 Round = dict[str, Found]
@@ -67,7 +70,7 @@ def main(comparison: Comparison) -> None:
     print(f"\n{_table(comparison, rounds)}\n")
     first = rounds[0]
     differ = [name for name, found in first.items() if not _agree(found["same"], first[MAXI]["same"])]
-    for line in _verdict(comparison, job, first, differ):
+    for line in _verdict(comparison, job, rounds, differ):
         print(line)
     sys.exit(bool(differ))
 
@@ -131,11 +134,23 @@ def _rounds(comparison: Comparison, job: Mapping[str, Any]) -> Iterator[Round]:
     for number in range(1, job["rounds"] + 1):
         found: Round = {}
         for role, name, variant in runs:
-            begin = time.monotonic()
+            begin, busy = time.monotonic(), _others_seconds()
             found[name] = _with_rates(_run(role, {**job, "variant": variant, "number": number}))
+            seconds = time.monotonic() - begin
+            found[name]["others"] = (_others_seconds() - busy) / seconds / (os.cpu_count() or 1)
             line = f"round {number} of {job['rounds']}: {name}: {found[name]['answer']:,.0f} answer tokens/s"
-            print(f"{line} ({time.monotonic() - begin:.0f} s in all)", flush=True)
+            print(f"{line} ({seconds:.0f} s in all, {found[name]['others']:.0%} of the machine for others)", flush=True)
         yield found
+
+
+def _others_seconds() -> float:
+    """Processor time that all but our own finished processes have taken so far; 0 where the system does not say."""
+    file, own = Path("/proc/stat"), os.times()
+    if not file.is_file():
+        return 0.0
+    user, nice, system, _, _, irq, softirq, steal = map(int, file.read_text("ascii").split("\n", 1)[0].split()[1:9])
+    taken = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    return taken - own.user - own.system - own.children_user - own.children_system
 
 
 def _with_rates(found: Found) -> Found:
@@ -193,11 +208,14 @@ def _table(comparison: Comparison, rounds: Sequence[Round]) -> str:
     return "\n".join(lines)
 
 
-def _verdict(comparison: Comparison, job: Mapping[str, Any], first: Round, differ: Sequence[str]) -> Iterator[str]:
+def _verdict(comparison: Comparison, job: Mapping[str, Any], rounds: Sequence[Round], differ: Sequence[str]) -> Iterator[str]:
     """What the sides say of the same rows, and what there is to note."""
+    others = max(found["others"] for each in rounds for found in each.values())
+    yield f"other programs took up to {others:.0%} of the machine in a run{', so measure again' if others > QUIET else ''}"
     if comparison.has_reference:
         yield f"reference: once, of all {job['samples']} pairs; maxi's time includes compiling or loading it"
     yield f"before the first step, on the {comparison.noun} of maxi's first step:"
+    first = rounds[0]
     for name, found in first.items():
         said = ", ".join(f"{what} {found['same'][what]:.6f}" for what in first[MAXI]["same"])
         yield f"  {name}: {said}{' DIFFERS from maxi' if name in differ else ''}"
