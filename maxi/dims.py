@@ -22,5 +22,5 @@ DIMS: dict[str, str] = {
     "P": "pairs of answers in a row",
 }
 
-MESH_AXES: tuple[str, ...] = ("replica", "fsdp", "tensor")
-"""Mesh axes, slowest network first: whole copies, sharded copies (ZeRO-3), split layers (Megatron)."""
+MESH_AXES: tuple[str, ...] = ("replica", "fsdp", "context", "tensor")
+"""Mesh axes, slowest network first: whole copies, sharded copies (ZeRO-3), split sequences, split layers (Megatron)."""

@@ -26,7 +26,7 @@ from maxi.models import Model, decoder
 from maxi.models.decoder import Cache, Compute
 from maxi.models.sampling import NOT_FINITE, NOTHING, Sampling, choose, row_keys
 from maxi.params import Tree
-from maxi.sharding import data_shards
+from maxi.sharding import shards
 
 if TYPE_CHECKING:
     from maxi.data.chat_template import ChatTemplate
@@ -309,8 +309,8 @@ def _start(
     model: Model, params: Tree, prompts: Sequence[Sequence[int]], sampling: Sampling, compute: Compute
 ) -> tuple[jax.Array, Cache, _Rows]:
     """Logits [B, V] after the prompts, the filled cache, and the rows before their first token."""
-    count, shards = len(prompts), data_shards()
-    B = -(-count // shards) * shards  # rows beyond `count` only fill the mesh
+    count, parts = len(prompts), shards("B")
+    B = -(-count // parts) * parts  # rows beyond `count` only fill the mesh
     lengths_B = np.array([len(prompt) for prompt in prompts] + [1] * (B - count), np.int32)
     width = _width(int(lengths_B.max()))
     tokens_BT = np.zeros((B, width), np.int32)

@@ -27,7 +27,7 @@ def build(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if -1 in sizes or math.prod(sizes) != len(devices):
         product = "x".join(str(size) for size in sizes)
         raise ConfigError(
-            f"mesh {product} (replica x fsdp x tensor) needs {fixed} devices but there are {len(devices)}",
+            f"mesh {product} ({' x '.join(MESH_AXES)}) needs {fixed} devices but there are {len(devices)}",
             "mesh",
             "make the product equal the devices, or set one axis to -1",
         )

@@ -224,6 +224,8 @@ class MeshConfig:
     """Whole copies of the model, gradients averaged between them."""
     fsdp: Axis = -1
     """Weights, gradients and optimizer state split over this many devices, and the batch with them."""
+    context: Axis = 1
+    """Every sequence split over this many devices, for rows too long for one; keys and values travel between them."""
     tensor: Axis = 1
     """Heads, intermediate_size and vocabulary split over this many devices."""
 

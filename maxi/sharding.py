@@ -2,9 +2,12 @@
 
 Both map letters of the alphabet to mesh axes; a letter in neither stays whole. `einsum` reads its own pattern and
 constrains its result, so models carry no annotations. Without a mesh in scope (`jax.set_mesh`) nothing is
-constrained, which is how one device and the notebook API run.
+constrained, which is how one device and the notebook API run. Inside a `jax.shard_map` that took some axes by hand,
+arrays are split over those already and only the others count.
 """
 
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +17,7 @@ from jax.sharding import PartitionSpec
 WEIGHTS: dict[str, str] = {"D": "fsdp", "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
 ACTIVATIONS: dict[str, str | tuple[str, ...]] = {
     "B": ("replica", "fsdp"),
+    "T": "context",
     "N": "tensor",
     "K": "tensor",
     "F": "tensor",
@@ -33,14 +37,21 @@ def weight_spec(dims: str) -> PartitionSpec:
 
 
 def activation_spec(dims: str) -> PartitionSpec:
-    """How an activation with these dimensions is split."""
-    return PartitionSpec(*(ACTIVATIONS.get(letter) for letter in dims))
+    """How an activation with these dimensions is split, over the axes that nobody took by hand."""
+    manual = set(jax.sharding.get_abstract_mesh().manual_axes)
+
+    def axes(letter: str) -> Any:
+        named = ACTIVATIONS.get(letter, ())
+        left = tuple(axis for axis in ((named,) if isinstance(named, str) else named) if axis not in manual)
+        return left if len(left) > 1 else left[0] if left else None
+
+    return PartitionSpec(*map(axes, dims))
 
 
 def constrain(array: jax.Array, dims: str) -> jax.Array:
     """`array` with the sharding its letters ask for, under the mesh in scope; itself without one."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if mesh.empty or mesh.size == 1 or len(mesh.manual_axes) == len(mesh.axis_names):
         return array
     return jax.lax.with_sharding_constraint(array, activation_spec(dims))
 
@@ -51,7 +62,25 @@ def einsum(pattern: str, *operands: jax.Array, preferred_element_type: Any = Non
     return constrain(out, pattern.split("->")[1])
 
 
-def data_shards() -> int:
-    """Over how many devices a batch is split under the mesh in scope; 1 without one."""
+def local(function: Callable[..., Any], inputs: Sequence[str], outputs: str | Sequence[str]) -> Callable[..., Any]:
+    """`function` on every device's own part of its arguments: how code that no compiler can split runs under a mesh.
+
+    `inputs` and `outputs` name the letters of each array, "" for one that every device holds whole. Without a mesh, or
+    when all its axes were taken by hand already, that is `function` itself.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.shape["replica"] * mesh.shape["fsdp"]
+    free = set(mesh.axis_names) - set(mesh.manual_axes)
+    if mesh.empty or mesh.size == 1 or not free:
+        return function
+    out_specs = activation_spec(outputs) if isinstance(outputs, str) else tuple(map(activation_spec, outputs))
+    in_specs = tuple(map(activation_spec, inputs))
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=free, check_vma=False)
+
+
+def shards(letter: str) -> int:
+    """Over how many devices the mesh in scope still splits arrays along this letter; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return 1
+    spec = activation_spec(letter)[0]
+    return math.prod(mesh.shape[axis] for axis in ((spec,) if isinstance(spec, str) else spec or ()))

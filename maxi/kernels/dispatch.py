@@ -18,11 +18,15 @@ log = logging.getLogger("maxi")
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute an operation. `why_not(...)`, given the call, is None or the reason it cannot run."""
+    """One way to compute an operation. `why_not(...)`, given the call, is None or the reason it cannot run.
+
+    `prepare(...)` makes what is the same for every layer of a step, where there is any such thing.
+    """
 
     name: str
     run: Callable[..., Any]
     why_not: Callable[..., str | None]
+    prepare: Callable[..., Any] | None = None
 
 
 def choose(operation: str, wanted: str, backends: Sequence[Backend], *args: Any, **kwargs: Any) -> Backend:

@@ -9,6 +9,7 @@ XLA:CPU's fast matmul, where one runs at half to a third of the speed.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,18 +24,17 @@ Places = tuple[jax.Array, jax.Array, jax.Array | None]
 """Positions, segments and contexts, [B, T] each."""
 
 
-def why_not(q_BTNH: jax.Array, k_BSKH: jax.Array) -> str | None:
-    T, S = q_BTNH.shape[1], k_BSKH.shape[1]
-    if T != S:
-        return f"it needs as many queries as keys, not {T} and {S}"
+def why_not(call: Any) -> str | None:
+    if call.T != call.S:
+        return f"it needs as many queries as keys, not {call.T} and {call.S}"
     if jax.default_backend() != "cpu":
         return f"it is made for CPU, not {jax.default_backend()}"
     return None
 
 
-def run(q_BTNH, k_BSKH, v_BSKH, q_positions, k_positions, q_segments, k_segments, *, q_contexts, window, scale):
+def run(q_BTNH, k_BSKH, v_BSKH, q_positions, k_positions, q_segments, k_segments, *, q_contexts, window, scale, prepared):
     """See `maxi.kernels.attention.attention`."""
-    del k_positions, k_segments  # T == S: queries and keys are the same tokens
+    del k_positions, k_segments, prepared  # T == S: queries and keys are the same tokens
     return _attention(window, scale, q_BTNH, k_BSKH, v_BSKH, (q_positions, q_segments, q_contexts))
 
 

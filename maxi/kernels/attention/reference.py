@@ -1,5 +1,7 @@
 """The definition of attention, in plain XLA: all T x S scores at once. Runs everywhere, differentiates by itself."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -7,7 +9,7 @@ MASKED = -1e30
 """Stands for minus infinity: a row with no visible key stays finite and is zeroed afterwards."""
 
 
-def why_not(q_BTNH: jax.Array, k_BSKH: jax.Array) -> str | None:  # noqa: ARG001
+def why_not(call: Any) -> str | None:  # noqa: ARG001
     return None
 
 
@@ -40,6 +42,7 @@ def run(
     q_contexts: jax.Array | None,
     window: int | None,
     scale: float,
+    prepared: Any = None,  # noqa: ARG001
 ) -> jax.Array:
     """See `maxi.kernels.attention.attention`."""
     B, T, N, H = q_BTNH.shape

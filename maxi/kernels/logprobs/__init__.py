@@ -8,7 +8,7 @@ import jax
 
 from maxi.kernels.dispatch import Backend, choose
 from maxi.kernels.logprobs import linear_softmax
-from maxi.sharding import data_shards
+from maxi.sharding import shards
 
 FULL_AT_MOST = 512 << 20
 """Bytes of float32 logits per device that `auto` holds at once; at mini_qwen's vocabulary, 880 tokens."""
@@ -26,7 +26,7 @@ def _chunked(h_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array) -> tuple[
 
 def _logit_bytes(h_BTD: jax.Array, w_VD: jax.Array) -> int:
     B, T, _ = h_BTD.shape
-    return 4 * B * T * w_VD.shape[0] // data_shards()
+    return 4 * B * T * w_VD.shape[0] // (shards("B") * shards("T") * shards("V"))
 
 
 def _full_why_not(h_BTD: jax.Array, w_VD: jax.Array, wanted: str) -> str | None:
