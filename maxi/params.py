@@ -20,9 +20,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.sharding import Mesh, NamedSharding
 
-from maxi.dims import DIMS
-from maxi.errors import ConfigError
-from maxi.sharding import WEIGHTS, weight_spec
+from maxi import fsdp
+from maxi.sharding import weight_spec
 
 Tree = dict[str, Any]
 """A pytree of nested dicts whose leaves follow a table."""
@@ -159,11 +158,13 @@ def init(table: Table, key: jax.Array, dtype: Any = jnp.float32) -> Tree:
 
 def shardings(table: Table, mesh: Mesh) -> Tree:
     """The tree of `NamedSharding`s. Raises ConfigError where a size does not divide into its mesh axis."""
-    for letter, axis in WEIGHTS.items():
-        size, parts = table.sizes[letter], mesh.shape[axis]
-        if size % parts:
-            raise ConfigError(f"{DIMS[letter]} {size} does not divide over {axis} {parts}", "mesh", f"change mesh.{axis}")
-    return table.map(lambda _, param: NamedSharding(mesh, weight_spec(param.dims)))
+    return table.map(lambda _, param: NamedSharding(mesh, weight_spec(param.dims, table.sizes, mesh)))
+
+
+def split_axes(table: Table) -> Tree:
+    """Along which axis each weight is split over `fsdp` under the mesh in scope, as `maxi.fsdp` reads it; -1: it is not."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return table.map(lambda _, param: -1 if mesh.empty else fsdp.split_axis(weight_spec(param.dims, table.sizes, mesh)))
 
 
 def decay_mask(table: Table, embeddings: bool) -> Tree:

@@ -7,14 +7,17 @@ arrays are split over those already and only the others count.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-WEIGHTS: dict[str, str] = {"D": "fsdp", "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
+from maxi.dims import DIMS
+from maxi.errors import ConfigError
+
+WEIGHTS: dict[str, str] = {"N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
 ACTIVATIONS: dict[str, str | tuple[str, ...]] = {
     "B": ("replica", "fsdp"),
     "T": "context",
@@ -25,15 +28,32 @@ ACTIVATIONS: dict[str, str | tuple[str, ...]] = {
 }
 
 
-def weight_spec(dims: str) -> PartitionSpec:
-    """How a weight with these dimensions is split.
+def weight_spec(dims: str, sizes: Mapping[str, int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """How a weight with these dimensions is split: letters over their axes as `WEIGHTS` says, and one letter over fsdp.
 
-    Vectors over D (norms) stay whole on every device: splitting them would cost a collective and save nothing.
+    That letter is the first that its axis leaves whole and that divides: parts of the outermost dimension lie together
+    in memory, whole tiles of them. Vectors (norms, biases) stay whole: splitting them would cost a collective and save
+    nothing. Raises ConfigError where a size does not divide.
     """
     letters = dims.removeprefix("L")
-    if letters == "D":
-        return PartitionSpec()
-    return PartitionSpec(*(WEIGHTS.get(letter) for letter in dims))
+    axes: dict[str, str] = {}
+    for letter in letters:
+        axis = WEIGHTS.get(letter)
+        if axis is not None and mesh.shape[axis] > 1:
+            if sizes[letter] % mesh.shape[axis]:
+                raise _does_not_divide(f"{DIMS[letter]} {sizes[letter]}", axis, mesh)
+            axes[letter] = axis
+    parts = mesh.shape["fsdp"]
+    if "D" in letters and len(letters) > 1 and parts > 1:
+        free = [letter for letter in letters if letter not in axes and sizes[letter] % parts == 0]
+        if not free:
+            raise _does_not_divide(" x ".join(f"{DIMS[letter]} {sizes[letter]}" for letter in letters), "fsdp", mesh)
+        axes[free[0]] = "fsdp"
+    return PartitionSpec(*(axes.get(letter) for letter in dims))
+
+
+def _does_not_divide(what: str, axis: str, mesh: Mesh | AbstractMesh) -> ConfigError:
+    return ConfigError(f"{what} does not divide over {axis} {mesh.shape[axis]}", "mesh", f"change mesh.{axis}")
 
 
 def activation_spec(dims: str) -> PartitionSpec:
@@ -49,11 +69,16 @@ def activation_spec(dims: str) -> PartitionSpec:
 
 
 def constrain(array: jax.Array, dims: str) -> jax.Array:
-    """`array` with the sharding its letters ask for, under the mesh in scope; itself without one."""
+    """`array` with the sharding its letters ask for, under the mesh in scope; itself without one.
+
+    A dimension that does not divide, such as the one token of a decoding step over `context`, stays whole.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or len(mesh.manual_axes) == len(mesh.axis_names):
         return array
-    return jax.lax.with_sharding_constraint(array, activation_spec(dims))
+    divided = zip(array.shape, dims, activation_spec(dims), strict=True)
+    spec = PartitionSpec(*(axes if size % shards(letter) == 0 else None for size, letter, axes in divided))
+    return jax.lax.with_sharding_constraint(array, spec)
 
 
 def einsum(pattern: str, *operands: jax.Array, preferred_element_type: Any = None) -> jax.Array:

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from maxi import fsdp
 from maxi.objectives import Sums
 from maxi.params import Table, Tree, init, shardings
 from maxi.sharding import activation_spec, constrain
@@ -90,8 +91,16 @@ def make_step(
     not finite the state stays as it was but for the step count, and `train/skipped` is 1.
     """
 
+    def sums_and_gradient(params: Tree, batch: Batch) -> tuple[Sums, Tree]:
+        sums, grads = _accumulate(loss, totals, params, batch, micro_batches)
+        return (fsdp.summed(sums), fsdp.summed(grads, axes)) if fsdp.by_hand() else (sums, grads)
+
+    specs = jax.tree.map(lambda sharding: sharding.spec, where.params)
+    axes = jax.tree.map(lambda sharding: fsdp.split_axis(sharding.spec), where.params)
+
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        sums, grads = _accumulate(loss, totals, state.params, batch, micro_batches)
+        by_rows = fsdp.by_rows(sums_and_gradient, (specs, activation_spec("B")), (PartitionSpec(), specs))
+        sums, grads = by_rows(state.params, batch)
         weight = jnp.maximum(sums.weight, 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
         norm = optax.tree.norm(grads)
@@ -127,9 +136,12 @@ def _accumulate(loss: Loss, totals: Totals | None, params: Tree, batch: Batch, m
         sums = loss(params, batch)
         return sums.loss, sums
 
+    def known(sums: dict[str, jax.Array]) -> Batch:
+        return {"totals": jax.lax.stop_gradient(fsdp.summed(sums) if fsdp.by_hand() else sums)}  # type: ignore[dict-item]
+
     gradient = jax.value_and_grad(total, has_aux=True)
     if micro_batches == 1:
-        (_, sums), grads = gradient(params, with_totals(totals, params, batch))
+        (_, sums), grads = gradient(params, {**batch, **(known(totals(params, batch)) if totals else {})})
         return sums, grads
 
     def split(a: jax.Array) -> jax.Array:
@@ -138,12 +150,10 @@ def _accumulate(loss: Loss, totals: Totals | None, params: Tree, batch: Batch, m
         return constrain(micros, "MBT"[: micros.ndim])
 
     micros = jax.tree.map(split, batch)
-    known: Batch = {}
-    if totals is not None:
-        known = {"totals": jax.lax.stop_gradient(_summed(lambda micro: totals(params, micro), micros))}
+    of_all = known(_summed(lambda micro: totals(params, micro), micros)) if totals else {}
 
     def one(micro: Batch) -> tuple[Sums, Tree]:
-        (_, sums), grads = gradient(params, {**micro, **known})
+        (_, sums), grads = gradient(params, {**micro, **of_all})
         return sums, grads
 
     return _summed(one, micros)

@@ -12,15 +12,23 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from maxi.kernels.attention import attention
+from maxi import fsdp
+from maxi.kernels.attention import attention, ring
+from maxi.kernels.linear import linear
 from maxi.kernels.logprobs import token_logprobs
+from maxi.kernels.norm import rms_norm
+from maxi.kernels.swiglu import swiglu
 from maxi.models.model import Block, LayerKind, Model, blocks
 from maxi.models.rope import cos_sin, rotate
-from maxi.params import Tree
+from maxi.params import Tree, split_axes
 from maxi.sharding import constrain, einsum
 
 UNROLL_AT_MOST = 12
 """On CPU, unrolled layers run some percent faster than scanned ones; beyond this depth compiling costs more."""
+
+
+_OF_TOKENS = ("tokens", "targets", "positions", "segments", "contexts")
+"""What a model needs of a batch."""
 
 
 @dataclass(frozen=True)
@@ -64,21 +72,18 @@ def hidden(
 ) -> jax.Array:
     """Final hidden states [B, T, D] in `compute.dtype` of packed rows; tokens, positions, segments int32 [B, T], and
     where answers share prompts contexts too (see `maxi.kernels.attention`)."""
-    x_BTD = _embed(params, tokens_BT, compute)
+    x_BTD = _embed(model, params, tokens_BT, compute)
     places = _Places(*cos_sin(model.rope, positions_BT), positions_BT, segments_BT, contexts_BT)
+    axes = split_axes(model.table)
 
-    def layer(x_BTD: jax.Array, weights: Tree, kind: LayerKind) -> jax.Array:
-        return _layer(model, weights, kind, x_BTD, places, compute)[0]
-
-    if compute.remat != "none":
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if compute.remat == "dots" else None
-        layer = jax.checkpoint(layer, policy=policy, static_argnums=(2,))
     for block in blocks(model.layers):
         if compute.unroll or block.repeats == 1:
             for number, kind in _numbered(block):
-                x_BTD = layer(x_BTD, _weights_of(model, params, kind, number), kind)
+                layer = _remat(model, (kind,), (_axes_of(axes, kind),), compute)
+                x_BTD = layer(x_BTD, (_weights_of(model, params, kind, number),), places)
         else:
-            x_BTD = _scan(model, params, block, x_BTD, layer)
+            weights, split = _slices(model, params, block), tuple(_axes_of(axes, kind) for kind in block.kinds)
+            x_BTD = _scan(model, block, weights, split, x_BTD, places, compute)
     return rms_norm(x_BTD, params["final_norm"], model.norm_eps)
 
 
@@ -99,7 +104,7 @@ def hidden_with_cache(
     place = (jnp.int32(0), slot)
     k_positions = jax.lax.dynamic_update_slice(cache.positions_BS, positions_BT, place)
     k_segments = jax.lax.dynamic_update_slice(cache.segments_BS, segments_BT, place)
-    x_BTD = _embed(params, tokens_BT, compute)
+    x_BTD = _embed(model, params, tokens_BT, compute)
     places = _Places(*cos_sin(model.rope, positions_BT), positions_BT, segments_BT)
     keys, values = [], []
     for block in blocks(model.layers):
@@ -125,21 +130,17 @@ def logprobs(
     model: Model, params: Tree, batch: dict[str, jax.Array], compute: Compute = Compute()
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each target and log-normaliser, float32 [B, T], of a batch as `maxi.data` makes it."""
-    places = batch["positions"], batch["segments"]
-    h_BTD = hidden(model, params, batch["tokens"], *places, compute, batch.get("contexts"))
-    return token_logprobs(h_BTD, _head(params, compute), batch["targets"], compute.head)
+    tokens = {name: ring.zigzag(batch[name]) for name in _OF_TOKENS if name in batch}
+    places = tokens["positions"], tokens["segments"]
+    h_BTD = hidden(model, params, tokens["tokens"], *places, compute, tokens.get("contexts"))
+    logprob_BT, norm_BT = token_logprobs(h_BTD, _head(model, params, compute), tokens["targets"], compute.head)
+    return ring.straight(logprob_BT), ring.straight(norm_BT)
 
 
 def logits(params: Tree, h_BTD: jax.Array, compute: Compute = Compute()) -> jax.Array:
     """Float32 logits [B, T, V] of hidden states."""
-    return einsum("BTD,VD->BTV", h_BTD, _head(params, compute), preferred_element_type=jnp.float32)
-
-
-def rms_norm(x_BTD: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) * weight over the last dimension, computed in float32 (Zhang and Sennrich, arXiv:1910.07467)."""
-    x = x_BTD.astype(jnp.float32)
-    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-    return (x * weight.astype(jnp.float32)).astype(x_BTD.dtype)
+    head_VD = params.get("lm_head", params["embed"]).astype(compute.dtype)
+    return einsum("BTD,VD->BTV", h_BTD, head_VD, preferred_element_type=jnp.float32)
 
 
 def unstack(model: Model, params: Tree, dtype: Any) -> Tree:
@@ -151,14 +152,16 @@ def unstack(model: Model, params: Tree, dtype: Any) -> Tree:
     return {name: stacks[name] if name in stacks else weight.astype(dtype) for name, weight in params.items()}
 
 
-def _embed(params: Tree, tokens_BT: jax.Array, compute: Compute) -> jax.Array:
-    # D is gathered first: a lookup in a table split both ways has no efficient partition
-    embed_VD = constrain(params["embed"].astype(compute.dtype), "VD")
+def _embed(model: Model, params: Tree, tokens_BT: jax.Array, compute: Compute) -> jax.Array:
+    embed_VD = fsdp.all_whole(params["embed"], split_axes(model.table)["embed"], compute.dtype).astype(compute.dtype)
+    if not fsdp.by_hand():  # the partitioner has no efficient lookup in a table that is split both ways
+        embed_VD = constrain(embed_VD, "VD")
     return constrain(embed_VD[tokens_BT], "BTD")
 
 
-def _head(params: Tree, compute: Compute) -> jax.Array:
-    return params.get("lm_head", params["embed"]).astype(compute.dtype)
+def _head(model: Model, params: Tree, compute: Compute) -> jax.Array:
+    name = "embed" if model.tied else "lm_head"
+    return fsdp.all_whole(params[name], split_axes(model.table)[name], compute.dtype).astype(compute.dtype)
 
 
 def _numbered(block: Block) -> Iterator[tuple[int, LayerKind]]:
@@ -172,50 +175,81 @@ def _weights_of(model: Model, params: Tree, kind: LayerKind, number: int) -> Tre
     return stack[index] if isinstance(stack, tuple) else {name: weight[index] for name, weight in stack.items()}
 
 
-def _scan(model: Model, params: Tree, block: Block, x_BTD: jax.Array, layer: Any) -> jax.Array:
-    """The block by `lax.scan` over its repeats; a step runs one period of kinds."""
-    slices: Tree = {}
-    for stack in {kind.stack for kind in block.kinds}:
-        layers = model.table.stacks[stack]
-        each = sum(kind.stack == stack for kind in block.kinds)
+def _axes_of(axes: Tree, kind: LayerKind) -> Tree:
+    """Along which axis one layer's weights are split; -1: not."""
+    return {name: max(axis - 1, -1) for name, axis in axes[kind.stack].items()}
+
+
+def _slices(model: Model, params: Tree, block: Block) -> tuple[Tree, ...]:
+    """The weights of each kind of the block's period, stacked along its repeats."""
+    slices, used = [], dict.fromkeys(model.table.stacks, 0)
+    for kind in block.kinds:
+        layers, each = model.table.stacks[kind.stack], sum(kind.stack == other.stack for other in block.kinds)
         first = sum(number < block.start for number in layers)
-        total = each * block.repeats
-        slices[stack] = {
-            name: (w if total == len(layers) else w[first : first + total]).reshape(block.repeats, each, *w.shape[1:])
-            for name, w in params[stack].items()
-        }
+        end = first + each * block.repeats
+        at = used[kind.stack]
+        whole = each == 1 and end - first == len(layers)
+        slices.append({name: w if whole else w[first + at : end : each] for name, w in params[kind.stack].items()})
+        used[kind.stack] += 1
+    return tuple(slices)
 
-    def period(x_BTD: jax.Array, weights: Tree) -> tuple[jax.Array, None]:
-        used = dict.fromkeys(slices, 0)
-        for kind in block.kinds:
-            x_BTD = layer(x_BTD, {name: w[used[kind.stack]] for name, w in weights[kind.stack].items()}, kind)
-            used[kind.stack] += 1
-        return x_BTD, None
 
-    return jax.lax.scan(period, x_BTD, slices)[0]
+def _period(model: Model, kinds: tuple[LayerKind, ...], compute: Compute) -> Any:
+    """The layers of these kinds one after the other, as a function of x, their whole weights and the places."""
+
+    def run(x_BTD: jax.Array, weights: tuple[Tree, ...], places: _Places) -> jax.Array:
+        for kind, w in zip(kinds, weights, strict=True):
+            x_BTD = _layer(model, w, kind, x_BTD, places, compute)[0]
+        return x_BTD
+
+    return run
+
+
+def _remat(model: Model, kinds: tuple[LayerKind, ...], axes: tuple[Tree, ...], compute: Compute) -> Any:
+    """`_period` on weights that may be split, keeping for the backward pass what `compute.remat` says and never a
+    gathered weight."""
+    run = _period(model, kinds, compute)
+
+    def gather_and_run(x_BTD: jax.Array, weights: tuple[Tree, ...], places: _Places) -> jax.Array:
+        return run(x_BTD, fsdp.all_whole(weights, axes, compute.dtype), places)
+
+    policies = jax.checkpoint_policies
+    if compute.remat == "none":
+        keep = policies.save_anything_except_these_names(fsdp.GATHERED)
+        return jax.checkpoint(gather_and_run, policy=keep) if fsdp.by_hand() else gather_and_run
+    return jax.checkpoint(gather_and_run, policy=policies.dots_with_no_batch_dims_saveable if compute.remat == "dots" else None)
+
+
+def _scan(
+    model: Model, block: Block, weights: tuple[Tree, ...], axes: Any, x_BTD: jax.Array, places: _Places, compute: Compute
+) -> jax.Array:
+    """The block by a scan over its repeats; a step runs one period of kinds."""
+    if fsdp.by_hand() and compute.remat == "full":
+        return fsdp.scan_ahead(_period(model, block.kinds, compute), weights, axes, x_BTD, places, compute.dtype)
+    layer = _remat(model, block.kinds, axes, compute)
+    return jax.lax.scan(lambda x_BTD, w: (layer(x_BTD, w, places), None), x_BTD, weights)[0]
 
 
 def _layer(
     model: Model, w: Tree, kind: LayerKind, x_BTD: jax.Array, places: _Places, compute: Compute, slots: Any = None
 ) -> tuple[jax.Array, Any]:
     """One pre-norm layer; with `slots` (keys, values, positions, segments, slot) also the updated keys and values."""
-    w = {name: weight.astype(compute.dtype) for name, weight in w.items()}
     h_BTD = rms_norm(x_BTD, w["attn_norm"], model.norm_eps)
     a_BTD, kept = _attend(model, w, kind, h_BTD, places, compute, slots)
     x_BTD = x_BTD + a_BTD
     h_BTD = rms_norm(x_BTD, w["mlp_norm"], model.norm_eps)
-    gate_BTF = _bias(einsum("BTD,DF->BTF", h_BTD, w["w_gate"]), w.get("b_gate"))
-    up_BTF = _bias(einsum("BTD,DF->BTF", h_BTD, w["w_up"]), w.get("b_up"))
-    m_BTD = einsum("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, w["w_down"])
+    gate_BTF = _bias(linear("BTD,DF->BTF", h_BTD, w["w_gate"]), w.get("b_gate"))
+    up_BTF = _bias(linear("BTD,DF->BTF", h_BTD, w["w_up"]), w.get("b_up"))
+    m_BTD = linear("BTF,FD->BTD", swiglu(gate_BTF, up_BTF), w["w_down"])
     return x_BTD + _bias(m_BTD, w.get("b_down")), kept
 
 
 def _attend(
     model: Model, w: Tree, kind: LayerKind, h_BTD: jax.Array, places: _Places, compute: Compute, slots: Any
 ) -> tuple[jax.Array, Any]:
-    q_BTNH = _bias(einsum("BTD,DNH->BTNH", h_BTD, w["w_q"]), w.get("b_q"))
-    k_BSKH = _bias(einsum("BTD,DKH->BTKH", h_BTD, w["w_k"]), w.get("b_k"))
-    v_BSKH = _bias(einsum("BTD,DKH->BTKH", h_BTD, w["w_v"]), w.get("b_v"))
+    q_BTNH = _bias(linear("BTD,DNH->BTNH", h_BTD, w["w_q"]), w.get("b_q"))
+    k_BSKH = _bias(linear("BTD,DKH->BTKH", h_BTD, w["w_k"]), w.get("b_k"))
+    v_BSKH = _bias(linear("BTD,DKH->BTKH", h_BTD, w["w_v"]), w.get("b_v"))
     if "q_norm" in w:
         q_BTNH, k_BSKH = rms_norm(q_BTNH, w["q_norm"], model.norm_eps), rms_norm(k_BSKH, w["k_norm"], model.norm_eps)
     q_BTNH, k_BSKH = rotate(q_BTNH, places.cos, places.sin), rotate(k_BSKH, places.cos, places.sin)
@@ -236,12 +270,8 @@ def _attend(
         window=kind.window,
         backend=compute.attention if slots is None else "reference",
     )
-    if slots is None:
-        o_BTD = einsum("BTNH,NHD->BTD", a_BTNH, w["w_o"])
-    else:  # one contracting dimension: with two, XLA:CPU copies the weight into another order for every token
-        o_BTD = constrain(a_BTNH.reshape(*h_BTD.shape[:2], -1) @ w["w_o"].reshape(-1, h_BTD.shape[-1]), "BTD")
-    return _bias(o_BTD, w.get("b_o")), (k_BSKH, v_BSKH)
+    return _bias(linear("BTNH,NHD->BTD", a_BTNH, w["w_o"]), w.get("b_o")), (k_BSKH, v_BSKH)
 
 
 def _bias(x: jax.Array, bias: jax.Array | None) -> jax.Array:
-    return x if bias is None else x + bias
+    return x if bias is None else x + bias.astype(x.dtype)
