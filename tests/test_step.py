@@ -64,7 +64,7 @@ def train(
     rate = optim.schedule(config, steps)
     optimizer = optim.optimizer(config, family.table, rate)
     loss = partial(
-        objectives.build("pretrain", z_loss=z_loss).loss, partial(decoder.logprobs, family, compute=Compute(**compute))
+        objectives.build("pretrain", z_loss=z_loss).loss, decoder.Logprobs(family, Compute(**compute))
     )
     with jax.set_mesh(over):
         where = step.state_shardings(family.table, optimizer, over, bool(config.ema))

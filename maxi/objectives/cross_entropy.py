@@ -10,14 +10,9 @@ def cross_entropy(logprobs: Any, params: Any, batch: Any, z_loss: float) -> Sums
 
     `train/loss` excludes the z-loss (PaLM, arXiv:2204.02311, section 5), which is `train/z`.
     """
-    logprob_BT, norm_BT = logprobs(params, batch)
-    weight_BT = batch["loss_weight"]
-    weight = weight_BT.sum()
-    nll = -(logprob_BT * weight_BT).sum()
-    total = nll
+    weight = batch["loss_weight"].sum()
+    total, nll, z = logprobs.cross_entropy(params, batch, z_loss)
     metrics = {"train/loss": (nll, weight)}
     if z_loss:
-        z = (norm_BT**2 * weight_BT).sum()
-        total = total + z_loss * z
         metrics["train/z"] = (z, weight)
     return Sums(total, weight, metrics)

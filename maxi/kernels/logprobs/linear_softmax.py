@@ -9,7 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from maxi.sharding import einsum
+from maxi.sharding import einsum, shards
 
 
 def _logits(h_BTD: jax.Array, w_VD: jax.Array) -> jax.Array:
@@ -36,19 +36,27 @@ def _gradients(logits_BTV, h_BTD, w_VD, targets_BT, norm_BT, dlogprob_BT, dnorm_
     return dh_BTD.astype(h_BTD.dtype), dw_VD
 
 
+def parts(a_BT: jax.Array) -> int:
+    """Over how many devices T is split; 1 where it does not divide."""
+    n = shards("T")
+    return n if a_BT.shape[1] % n == 0 else 1
+
+
 def _slices(C: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """[B, T, ...] -> [C, B, T / C, ...]."""
-    return tuple(a.reshape(a.shape[0], C, a.shape[1] // C, *a.shape[2:]).swapaxes(0, 1) for a in arrays)
+    """[B, T, ...] -> [C, B, T / C, ...]; each slice has an equal share of every device's part of T."""
+    split = (a.reshape(a.shape[0], parts(a), C, -1, *a.shape[2:]) for a in arrays)
+    return tuple(jnp.moveaxis(a, 2, 0).reshape(C, a.shape[0], -1, *a.shape[4:]) for a in split)
 
 
-def _joined(a: jax.Array) -> jax.Array:
-    """The inverse of `_slices`."""
-    return a.swapaxes(0, 1).reshape(a.shape[1], a.shape[0] * a.shape[2], *a.shape[3:])
+def _joined(n: int, a: jax.Array) -> jax.Array:
+    """The inverse of `_slices` where T is split over `n` devices."""
+    C, B, T, *rest = a.shape
+    return jnp.moveaxis(a.reshape(C, B, n, T // n, *rest), 0, 2).reshape(B, C * T, *rest)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def run(C: int, h_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """See `maxi.kernels.logprobs.token_logprobs`; `C` slices, which T must divide into."""
+    """See `maxi.kernels.logprobs.token_logprobs`; `C` slices, which the part of T that a device has must divide into."""
     return _fwd(C, h_BTD, w_VD, targets_BT)[0]
 
 
@@ -59,7 +67,7 @@ def _fwd(C, h_BTD, w_VD, targets_BT):
         return out, (h_BTD, w_VD, targets_BT, out[1], logits_BTV)
     slices = _slices(C, h_BTD, targets_BT)
     logprob, norm = jax.lax.map(lambda s: _outputs(_logits(s[0], w_VD), s[1]), slices)
-    out = _joined(logprob), _joined(norm)
+    out = _joined(parts(h_BTD), logprob), _joined(parts(h_BTD), norm)
     return out, (h_BTD, w_VD, targets_BT, out[1], None)
 
 
@@ -76,7 +84,48 @@ def _bwd(C, saved, cotangents):
 
     slices = _slices(C, h_BTD, targets_BT, norm_BT, *cotangents)
     dw_VD, dh = jax.lax.scan(one, jnp.zeros(w_VD.shape, jnp.float32), slices)
-    return _joined(dh), dw_VD.astype(w_VD.dtype), None
+    return _joined(parts(h_BTD), dh), dw_VD.astype(w_VD.dtype), None
 
 
 run.defvjp(_fwd, _bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def cross_entropy(
+    C: int, z_loss: float, h_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array, weight_BT: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See `maxi.kernels.logprobs.cross_entropy`; `C` slices as in `run`. The gradient is found together with the value,
+    slice by slice, so that no logit is kept or computed twice."""
+    logprob_BT, norm_BT = run(C, h_BTD, w_VD, targets_BT)
+    return _sums(z_loss, logprob_BT, norm_BT, weight_BT)
+
+
+def _sums(z_loss, logprob_BT, norm_BT, weight_BT):
+    nll, z = -(logprob_BT * weight_BT).sum(), (norm_BT**2 * weight_BT).sum()
+    return nll + z_loss * z, nll, z
+
+
+def _cross_entropy_fwd(C, z_loss, h_BTD, w_VD, targets_BT, weight_BT):
+    def one(dw_VD, slice_):
+        h, targets, weight = slice_
+        logits = _logits(h, w_VD)
+        logprob, norm = _outputs(logits, targets)
+        dh, dw = _gradients(logits, h, w_VD, targets, norm, -weight, 2 * z_loss * norm * weight)
+        return dw_VD + dw, (dh, logprob, norm)
+
+    slices = _slices(C, h_BTD, targets_BT, weight_BT)
+    if C == 1:
+        dw_VD, outs = one(jnp.zeros((), jnp.float32), tuple(a[0] for a in slices))
+        dh_BTD, logprob_BT, norm_BT = outs
+    else:
+        dw_VD, outs = jax.lax.scan(one, jnp.zeros(w_VD.shape, jnp.float32), slices)
+        dh_BTD, logprob_BT, norm_BT = (_joined(parts(h_BTD), a) for a in outs)
+    return _sums(z_loss, logprob_BT, norm_BT, weight_BT), (dh_BTD, dw_VD.astype(w_VD.dtype))
+
+
+def _cross_entropy_bwd(C, z_loss, saved, cotangents):
+    del C, z_loss
+    return *((gradient * cotangents[0]).astype(gradient.dtype) for gradient in saved), None, None
+
+
+cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
