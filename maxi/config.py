@@ -18,6 +18,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from ruamel.yaml import YAML
 
+from maxi.dims import MESH_AXES
 from maxi.errors import ConfigError
 from maxi.sections import (
     STRICT,
@@ -253,9 +254,10 @@ def _check_together(config: Config, where: str) -> None:
         refuse("optim.warmup_steps and optim.warmup_ratio are both given", "keep one")
     if config.steps is not None and (optim.warmup_steps or 0) > config.steps:
         refuse(f"optim.warmup_steps {optim.warmup_steps} is over steps {config.steps}", "lower it")
-    if sum(axis == -1 for axis in (config.mesh.replica, config.mesh.fsdp, config.mesh.tensor)) > 1:
-        refuse("more than one mesh axis is -1", "give all but one of mesh.replica, mesh.fsdp, mesh.tensor")
-    if 0 in (config.mesh.replica, config.mesh.fsdp, config.mesh.tensor):
+    axes = [getattr(config.mesh, axis) for axis in MESH_AXES]
+    if axes.count(-1) > 1:
+        refuse("more than one mesh axis is -1", f"give all but one of {', '.join(f'mesh.{axis}' for axis in MESH_AXES)}")
+    if 0 in axes:
         refuse("a mesh axis is 0", "use 1 for an axis that is not split, -1 for the rest of the devices")
 
 

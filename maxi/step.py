@@ -15,7 +15,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from maxi import fsdp
+from maxi import compiler, fsdp
+from maxi.kernels.platform import platform
 from maxi.objectives import Sums
 from maxi.params import Table, Tree, init, shardings
 from maxi.sharding import activation_spec, constrain
@@ -121,7 +122,7 @@ def make_step(
         }
         return kept.replace(step=state.step + 1), metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+    return jax.jit(step, donate_argnums=0, out_shardings=(where, None), compiler_options=compiler.options(platform()))
 
 
 def with_totals(totals: Totals | None, params: Tree, batch: Batch) -> Batch:

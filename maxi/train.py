@@ -203,7 +203,7 @@ def _steps(job: Job, state: State, start: int, recorder: Recorder, checkpoints: 
 
 def _loss(job: Job) -> tuple[steps.Loss, steps.Totals | None]:
     """The objective over the model, and its totals where it has any."""
-    logprobs = partial(decoder.logprobs, job.model, compute=job.compute)
+    logprobs = decoder.Logprobs(job.model, job.compute)
     totals = getattr(job.objective, "totals", None)
     return partial(job.objective.loss, logprobs), partial(totals, logprobs) if totals else None
 
@@ -298,6 +298,10 @@ def _check_fit(config: Config, tokenizer: Tokenizer, model: Model, devices: Mesh
     if config.batch_size % parts:
         what = f"batch_size {config.batch_size} does not divide into {parts}, mesh.replica x mesh.fsdp x micro_batches"
         raise ConfigError(what, "batch_size", f"make it a multiple of {parts}")
+    chunks = 2 * devices.shape["context"]
+    if chunks > 2 and config.seq_len % chunks:
+        what = f"seq_len {config.seq_len} does not divide into {chunks}, 2 x mesh.context"
+        raise ConfigError(what, "seq_len", f"make it a multiple of {chunks}")
     shardings(model.table, devices)
 
 

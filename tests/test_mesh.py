@@ -14,10 +14,11 @@ from maxi.sections import MeshConfig
 @pytest.mark.parametrize(
     ("axes", "devices", "shape"),
     [
-        ({}, 8, (1, 8, 1)),
-        ({"tensor": 2}, 8, (1, 4, 2)),
-        ({"replica": -1, "fsdp": 2, "tensor": 2}, 8, (2, 2, 2)),
-        ({"fsdp": 1}, 1, (1, 1, 1)),
+        ({}, 8, (1, 8, 1, 1)),
+        ({"tensor": 2}, 8, (1, 4, 1, 2)),
+        ({"replica": -1, "fsdp": 2, "tensor": 2}, 8, (2, 2, 1, 2)),
+        ({"context": 4}, 8, (1, 2, 4, 1)),
+        ({"fsdp": 1}, 1, (1, 1, 1, 1)),
     ],
     ids=str,
 )
@@ -25,7 +26,7 @@ def test_sizes(axes: dict[str, int], devices: int, shape: tuple[int, ...]) -> No
     assert tuple(mesh.build(MeshConfig(**axes), jax.devices()[:devices]).shape.values()) == shape
 
 
-@pytest.mark.parametrize("axes", [{"fsdp": 3}, {"tensor": 16}, {"fsdp": 4, "tensor": 4}, {"tensor": 3}], ids=str)
+@pytest.mark.parametrize("axes", [{"fsdp": 3}, {"tensor": 16}, {"fsdp": 4, "tensor": 4}, {"context": 3}], ids=str)
 def test_products_that_do_not_fit(axes: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match=r"mesh .* needs \d+ devices but there are 8"):
         mesh.build(MeshConfig(**axes), jax.devices())

@@ -186,15 +186,21 @@ def test_the_same_command_again_says_that_it_is_done(undisturbed: Path) -> None:
 def test_resumes_on_more_devices_and_with_more_steps(tmp_path: Path, configure: Any) -> None:
     config = configure(tmp_path, steps=10)
     maxi("train", config, "optim.schedule=constant")
-    changes = ("optim.schedule=constant", "steps=14", "micro_batches=2", "mesh.tensor=2")
-    out = maxi("train", config, *changes, devices=4).stdout
-    assert "resumed from step 10" in out and "4 x cpu (replica 1, fsdp 2, tensor 2)" in out
+    changes = ("optim.schedule=constant", "steps=14", "micro_batches=2", "mesh.tensor=2", "mesh.context=2")
+    out = maxi("train", config, *changes, devices=8).stdout
+    assert "resumed from step 10" in out and "8 x cpu (replica 1, fsdp 2, context 2, tensor 2)" in out
+    assert "attention: ring (" in out, out
 
     straight = configure(tmp_path, steps=14, run=tmp_path / "straight")
     maxi("train", straight, "optim.schedule=constant")
     one, other = (load_file(tmp_path / name / "hf" / "model.safetensors") for name in ("run", "straight"))
     for name, weight in one.items():
         np.testing.assert_allclose(weight, other[name], atol=1e-4)
+    of_each = [list(map(json.loads, (tmp_path / name / "metrics.jsonl").open())) for name in ("run", "straight")]
+    for key in ("train/loss", "eval/loss"):
+        got, wanted = ({line["step"]: line[key] for line in lines if key in line} for lines in of_each)
+        np.testing.assert_allclose([got[step] for step in wanted], list(wanted.values()), rtol=1e-4)
+    assert len(got) >= 3
 
 
 def test_a_second_stage_starts_from_a_run(undisturbed: Path, tmp_path: Path, configure: Any) -> None:

@@ -13,21 +13,22 @@ import jax
 import jax.numpy as jnp
 
 from maxi import fsdp
-from maxi.kernels.attention import attention, ring
+from maxi.kernels.attention import attention, prepare, ring
 from maxi.kernels.linear import linear
-from maxi.kernels.logprobs import token_logprobs
+from maxi.kernels.logprobs import cross_entropy, token_logprobs
 from maxi.kernels.norm import rms_norm
+from maxi.kernels.rotary import rotary
 from maxi.kernels.swiglu import swiglu
 from maxi.models.model import Block, LayerKind, Model, blocks
-from maxi.models.rope import cos_sin, rotate
+from maxi.models.rope import cos_sin
 from maxi.params import Tree, split_axes
-from maxi.sharding import constrain, einsum
+from maxi.sharding import constrain, einsum, shards
 
 UNROLL_AT_MOST = 12
 """On CPU, unrolled layers run some percent faster than scanned ones; beyond this depth compiling costs more."""
 
 
-_OF_TOKENS = ("tokens", "targets", "positions", "segments", "contexts")
+_OF_TOKENS = ("tokens", "targets", "positions", "segments", "contexts", "loss_weight")
 """What a model needs of a batch."""
 
 
@@ -59,6 +60,8 @@ class _Places(NamedTuple):
     positions_BT: jax.Array
     segments_BT: jax.Array
     contexts_BT: jax.Array | None = None
+    prepared: tuple[Any, ...] = ()
+    """What attention made of these rows beforehand, for each of `_windows`."""
 
 
 def hidden(
@@ -73,9 +76,11 @@ def hidden(
     """Final hidden states [B, T, D] in `compute.dtype` of packed rows; tokens, positions, segments int32 [B, T], and
     where answers share prompts contexts too (see `maxi.kernels.attention`)."""
     x_BTD = _embed(model, params, tokens_BT, compute)
-    places = _Places(*cos_sin(model.rope, positions_BT), positions_BT, segments_BT, contexts_BT)
+    # behind a barrier, or the compiler computes the angles again in every layer
+    turned = jax.lax.optimization_barrier(cos_sin(model.rope, positions_BT))
+    prepared = _prepare(model, positions_BT, segments_BT, contexts_BT, compute)
+    places = _Places(*turned, positions_BT, segments_BT, contexts_BT, prepared)
     axes = split_axes(model.table)
-
     for block in blocks(model.layers):
         if compute.unroll or block.repeats == 1:
             for number, kind in _numbered(block):
@@ -130,11 +135,42 @@ def logprobs(
     model: Model, params: Tree, batch: dict[str, jax.Array], compute: Compute = Compute()
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each target and log-normaliser, float32 [B, T], of a batch as `maxi.data` makes it."""
-    tokens = {name: ring.zigzag(batch[name]) for name in _OF_TOKENS if name in batch}
-    places = tokens["positions"], tokens["segments"]
-    h_BTD = hidden(model, params, tokens["tokens"], *places, compute, tokens.get("contexts"))
-    logprob_BT, norm_BT = token_logprobs(h_BTD, _head(model, params, compute), tokens["targets"], compute.head)
-    return ring.straight(logprob_BT), ring.straight(norm_BT)
+    return Logprobs(model, compute)(params, batch)
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """The model as objectives see it: `logprobs`, and the weighted sum of them that most objectives are."""
+
+    model: Model
+    compute: Compute = Compute()
+
+    def __call__(self, params: Tree, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """See `logprobs`."""
+        batch = _laid_out(batch)
+        h_BTD, head_VD, by_vocabulary = self._head(params, batch)
+        logprob_BT, norm_BT = token_logprobs(h_BTD, head_VD, batch["targets"], self.compute.head, by_vocabulary)
+        return ring.straight(logprob_BT), ring.straight(norm_BT)
+
+    def cross_entropy(
+        self, params: Tree, batch: dict[str, jax.Array], z_loss: float
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """See `maxi.kernels.logprobs.cross_entropy`; the weights are the batch's `loss_weight`."""
+        batch = _laid_out(batch)
+        h_BTD, head_VD, by_vocabulary = self._head(params, batch)
+        return cross_entropy(
+            h_BTD, head_VD, batch["targets"], batch["loss_weight"], z_loss, self.compute.head, by_vocabulary
+        )
+
+    def _head(self, params: Tree, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, bool]:
+        """Final hidden states; the head, or this device's part of it; and whether that is part of the vocabulary."""
+        places = batch["positions"], batch["segments"]
+        h_BTD = hidden(self.model, params, batch["tokens"], *places, self.compute, batch.get("contexts"))
+        name, dtype = "embed" if self.model.tied else "lm_head", self.compute.dtype
+        axis = split_axes(self.model.table)[name]
+        if fsdp.by_hand() and axis == 0 and shards("T") == 1:
+            return h_BTD, params[name].astype(dtype), True
+        return h_BTD, fsdp.all_whole(params[name], axis, dtype).astype(dtype), False
 
 
 def logits(params: Tree, h_BTD: jax.Array, compute: Compute = Compute()) -> jax.Array:
@@ -152,16 +188,31 @@ def unstack(model: Model, params: Tree, dtype: Any) -> Tree:
     return {name: stacks[name] if name in stacks else weight.astype(dtype) for name, weight in params.items()}
 
 
+def _laid_out(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """What a model needs of a batch, its tokens in the order in which devices hold them."""
+    return {name: ring.zigzag(batch[name]) for name in _OF_TOKENS if name in batch}
+
+
+def _windows(model: Model) -> tuple[int | None, ...]:
+    """The windows that its layers have, each once."""
+    return tuple(dict.fromkeys(kind.window for kind in model.layers))
+
+
+def _prepare(
+    model: Model, positions_BT: jax.Array, segments_BT: jax.Array, contexts_BT: jax.Array | None, compute: Compute
+) -> tuple[Any, ...]:
+    if shards("B") > 1:  # each device prepares its own rows, where they are its own
+        return (None,) * len(_windows(model))
+    heads = tuple(model.table.sizes[letter] for letter in "NKH")
+    places = (positions_BT, segments_BT, contexts_BT)
+    return tuple(prepare(heads, compute.dtype, *places, window, compute.attention) for window in _windows(model))
+
+
 def _embed(model: Model, params: Tree, tokens_BT: jax.Array, compute: Compute) -> jax.Array:
     embed_VD = fsdp.all_whole(params["embed"], split_axes(model.table)["embed"], compute.dtype).astype(compute.dtype)
     if not fsdp.by_hand():  # the partitioner has no efficient lookup in a table that is split both ways
         embed_VD = constrain(embed_VD, "VD")
     return constrain(embed_VD[tokens_BT], "BTD")
-
-
-def _head(model: Model, params: Tree, compute: Compute) -> jax.Array:
-    name = "embed" if model.tied else "lm_head"
-    return fsdp.all_whole(params[name], split_axes(model.table)[name], compute.dtype).astype(compute.dtype)
 
 
 def _numbered(block: Block) -> Iterator[tuple[int, LayerKind]]:
@@ -250,9 +301,8 @@ def _attend(
     q_BTNH = _bias(linear("BTD,DNH->BTNH", h_BTD, w["w_q"]), w.get("b_q"))
     k_BSKH = _bias(linear("BTD,DKH->BTKH", h_BTD, w["w_k"]), w.get("b_k"))
     v_BSKH = _bias(linear("BTD,DKH->BTKH", h_BTD, w["w_v"]), w.get("b_v"))
-    if "q_norm" in w:
-        q_BTNH, k_BSKH = rms_norm(q_BTNH, w["q_norm"], model.norm_eps), rms_norm(k_BSKH, w["k_norm"], model.norm_eps)
-    q_BTNH, k_BSKH = rotate(q_BTNH, places.cos, places.sin), rotate(k_BSKH, places.cos, places.sin)
+    q_BTNH = rotary(q_BTNH, places.cos, places.sin, w.get("q_norm"), model.norm_eps)
+    k_BSKH = rotary(k_BSKH, places.cos, places.sin, w.get("k_norm"), model.norm_eps)
     k_positions, k_segments = places.positions_BT, places.segments_BT
     if slots is not None:
         k_cache, v_cache, k_positions, k_segments, slot = slots
@@ -268,6 +318,7 @@ def _attend(
         k_segments=k_segments,
         q_contexts=places.contexts_BT,
         window=kind.window,
+        prepared=places.prepared[_windows(model).index(kind.window)] if slots is None else None,
         backend=compute.attention if slots is None else "reference",
     )
     return _bias(linear("BTNH,NHD->BTD", a_BTNH, w["w_o"]), w.get("b_o")), (k_BSKH, v_BSKH)

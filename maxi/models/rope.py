@@ -92,19 +92,11 @@ class Rope:
 
 
 def cos_sin(rope: Rope, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [B, T, H/2] in float32 for integer positions [B, T]."""
+    """Cosines and sines [B, T, H] in float32 for integer positions [B, T], both halves of H alike."""
     inverse, scale = _inverse_frequencies(rope, positions_BT)
     angles = positions_BT[..., None].astype(jnp.float32) * inverse
+    angles = jnp.concatenate([angles, angles], axis=-1)
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
-
-
-def rotate(q_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the pairs (i, i + H/2) of queries or keys [B, T, heads, H]; computed in float32, returned as given."""
-    half = q_BTNH.shape[-1] // 2
-    first, second = q_BTNH[..., :half].astype(jnp.float32), q_BTNH[..., half:].astype(jnp.float32)
-    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(q_BTNH.dtype)
 
 
 def _inverse_frequencies(rope: Rope, positions_BT: jax.Array) -> tuple[Any, float]:

@@ -11,6 +11,8 @@ and a context stands before the segments that see it, its positions before their
 
     reference.py   the definition
     blockwise.py   XLA on CPU
+    tpu.py         Pallas on TPU, skipping by document; with work.py, its lists, and tpu_blocks.py, its sizes
+    ring.py        rows split over devices
     spans.py       the mask as two spans of keys a query, for kernels
 """
 
@@ -19,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from maxi.kernels.attention import blockwise, reference
+from maxi.kernels.attention import blockwise, gpu, reference, ring, tpu
 from maxi.kernels.dispatch import Backend, choose
 
 
@@ -38,7 +40,10 @@ class Call(NamedTuple):
 
 
 BACKENDS = (
+    Backend("tpu", tpu.run, tpu.why_not, tpu.prepare),
+    Backend("gpu", gpu.run, gpu.why_not, gpu.prepare),
     Backend("blockwise", blockwise.run, blockwise.why_not),
+    Backend("ring", ring.run, ring.why_not),
     Backend("reference", reference.run, reference.why_not),
 )
 

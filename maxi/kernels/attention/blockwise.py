@@ -1,119 +1,152 @@
-"""Attention by blocks of queries, with a hand-written backward pass; the fast form for XLA on CPU.
+"""Attention on training rows by blocks of queries, with a hand-written backward pass: the fast form for XLA on CPU.
 
-A block of queries meets only the keys up to its end, and with a window only those from its reach on, so nearly half
-of all scores (or more) is never computed. The backward pass recomputes probabilities from the saved log-normaliser,
-as flash attention does (Dao, arXiv:2307.08691, algorithm 2), one block at a time.
+A block of queries meets the keys from the first that any of its queries sees up to its own end, in whole blocks. How
+many that are is known at run time: one of as many compiled forms is entered, so a row costs its documents and its
+windows and not its length squared. The backward pass recomputes probabilities from the saved log-normaliser, as flash
+attention does (Dao, arXiv:2307.08691, algorithm 2).
 
-Group and query are contracted together in the gradients of keys and values: two contracting dimensions select
-XLA:CPU's fast matmul, where one runs at half to a third of the speed.
+Scores are [keys, queries] there and [queries, keys] in the forward pass: so all dots but one have the form that XLA:CPU
+is fast in (see `maxi.kernels.cpu`).
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from maxi.kernels.attention.reference import MASKED, visible
+from maxi.kernels.attention.reference import MASKED
+from maxi.kernels.attention.spans import Spans, spans
+from maxi.kernels.cpu import dot
+from maxi.kernels.platform import platform
+from maxi.sharding import local, shards
 
 MIN_BLOCK, MAX_BLOCKS = 128, 16
 """Blocks below 128 queries lose more in matmul efficiency than they skip; more than 16 only compile longer."""
 
-Arrays = tuple[jax.Array, ...]
-Places = tuple[jax.Array, jax.Array, jax.Array | None]
-"""Positions, segments and contexts, [B, T] each."""
+LOWEST = -1e20
+"""No score that counts is below it, and it is so far above MASKED that exp(MASKED - LOWEST) is zero."""
 
 
 def why_not(call: Any) -> str | None:
     if call.T != call.S:
         return f"it needs as many queries as keys, not {call.T} and {call.S}"
-    if jax.default_backend() != "cpu":
-        return f"it is made for CPU, not {jax.default_backend()}"
+    if shards("T") > 1:
+        return f"it needs whole rows, not rows split over {shards('T')} devices"
+    if platform() != "cpu":
+        return f"it is made for CPU, not {platform()}"
     return None
 
 
 def run(q_BTNH, k_BSKH, v_BSKH, q_positions, k_positions, q_segments, k_segments, *, q_contexts, window, scale, prepared):
     """See `maxi.kernels.attention.attention`."""
     del k_positions, k_segments, prepared  # T == S: queries and keys are the same tokens
-    return _attention(window, scale, q_BTNH, k_BSKH, v_BSKH, (q_positions, q_segments, q_contexts))
+    places = (q_positions, q_segments) if q_contexts is None else (q_positions, q_segments, q_contexts)
+    inputs = ("BTNH", "BTKH", "BTKH", *("BT" for _ in places))
+    return local(partial(_run, window, scale), inputs, "BTNH")(q_BTNH, k_BSKH, v_BSKH, *places)
 
 
-def _spans(T: int, window: int | None, places: Places) -> list[tuple[int, int, int]]:
-    """(first query, end of queries and keys, first key) of every block."""
-    size = max(MIN_BLOCK, -(-T // MAX_BLOCKS))
-    # with contexts, keys within the window's positions may stand further back: another answer lies in between
-    reach = T if window is None or places[2] is not None else window
-    return [(start, min(start + size, T), max(0, start - reach + 1)) for start in range(0, T, size)]
+class _Sees(NamedTuple):
+    """`Spans` of the queries of each block, the group's heads one after the other: [C, G * size], C blocks of all rows;
+    and how many blocks of keys stand between the first that a block meets and its own, [C]."""
+
+    first: jax.Array
+    last: jax.Array
+    context_first: jax.Array | None
+    context_last: jax.Array | None
+    reach: jax.Array
 
 
-def _scores(scale, window, q_BtKGH, k_BsKH, places: Places, span: tuple[int, int, int]) -> jax.Array:
-    start, end, first = span
-    positions, segments, contexts = places
-    mask = visible(
-        positions[:, start:end],
-        positions[:, first:end],
-        segments[:, start:end],
-        segments[:, first:end],
-        None if contexts is None else contexts[:, start:end],
-        window,
-    )[:, None, None]
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BtKGH, k_BsKH, preferred_element_type=jnp.float32)
-    return jnp.where(mask, scores * scale, MASKED)
-
-
-def _grouped(q_BTNH: jax.Array, K: int) -> jax.Array:
+def _run(window, scale, q_BTNH, k_BTKH, v_BTKH, *places):
     B, T, N, H = q_BTNH.shape
-    return q_BTNH.reshape(B, T, K, N // K, H)
+    K = k_BTKH.shape[2]
+    size = min(T, max(MIN_BLOCK, -(-T // MAX_BLOCKS)))
+    filled = partial(_filled, -(-T // size) * size)
+    sees = _sees(spans(*map(filled, places), window=window), size, N // K)
+    q_CKTH = filled(q_BTNH).reshape(B, -1, size, K, N // K, H).transpose(0, 1, 3, 4, 2, 5).reshape(len(sees.reach), K, -1, H)
+    k_BKTH, v_BKTH = (filled(a).swapaxes(1, 2) for a in (k_BTKH, v_BTKH))
+    out_CKTH = _attention(scale, q_CKTH, k_BKTH, v_BKTH, sees)
+    return out_CKTH.reshape(B, -1, K, N // K, size, H).transpose(0, 1, 4, 2, 3, 5).reshape(B, -1, N, H)[:, :T]
 
 
-def _forward(window, scale, q_BTNH, k_BTKH, v_BTKH, places) -> tuple[jax.Array, Arrays]:
-    q_BTKGH = _grouped(q_BTNH, k_BTKH.shape[2])
-    outs, norms = [], []
-    for span in _spans(q_BTNH.shape[1], window, places):
-        start, end, first = span
-        scores = _scores(scale, window, q_BTKGH[:, start:end], k_BTKH[:, first:end], places, span)
-        peak = scores.max(-1, keepdims=True)
-        weights = jnp.where(scores > MASKED, jnp.exp(scores - peak), 0.0)
+def _filled(T: int, a: jax.Array) -> jax.Array:
+    """`a` with T tokens; zeros are padding in every array."""
+    return a if a.shape[1] == T else jnp.pad(a, [(0, 0), (0, T - a.shape[1]), *[(0, 0)] * (a.ndim - 2)])
+
+
+def _sees(seen: Spans, size: int, G: int) -> _Sees:
+    B, T = seen.first.shape
+    last = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    earliest = seen.first if seen.context_first is None else jnp.minimum(seen.first, seen.context_first)
+    reach = jnp.arange(T // size) - earliest.reshape(B, -1, size).min(-1) // size
+    each = lambda a: None if a is None else jnp.tile(a.reshape(-1, size), (1, G))  # noqa: E731
+    return _Sees(*map(each, (seen.first, last, *seen[1:])), jnp.maximum(reach, 0).reshape(-1))
+
+
+def _scan(meet, k_BKTH, v_BKTH, sees: _Sees, carry, blocks):
+    """Scans `meet(place, mask, k, v, carry, block)` over the blocks: `place` is where in keys and values [B, K, T, H] the
+    part begins that the block meets, k and v are this part, [K, S, H], and mask [S, G * size] says who sees what."""
+    B, K, T, H = k_BKTH.shape
+    C = len(sees.reach) // B
+
+    def enter(reach, i, sees, block, carry):
+        place = (i // C, 0, (i % C - reach) * (T // C), 0)
+        part = (1, K, (reach + 1) * (T // C), H)
+        k, v = (jax.lax.dynamic_slice(a, place, part)[0] for a in (k_BKTH, v_BKTH))
+        key = place[2] + jax.lax.broadcasted_iota(jnp.int32, (part[2], 1), 0)
+        mask = (key >= sees.first) & (key <= sees.last)
+        if sees.context_first is not None:
+            mask |= (key >= sees.context_first) & (key <= sees.context_last)
+        return meet(place, mask, k, v, carry, block)
+
+    def one(carry, each):
+        i, sees, block = each
+        return jax.lax.switch(sees.reach, [partial(enter, reach) for reach in range(C)], i, sees, block, carry)
+
+    return jax.lax.scan(one, carry, (jnp.arange(B * C, dtype=jnp.int32), sees, blocks))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(scale, q_CKTH, k_BKTH, v_BKTH, sees):
+    return _fwd(scale, q_CKTH, k_BKTH, v_BKTH, sees)[0]
+
+
+def _fwd(scale, q_CKTH, k_BKTH, v_BKTH, sees):
+    def meet(_, mask, k, v, carry, q):
+        scores = jnp.where(mask.T, dot("kth,ksh->kts", q, k) * scale, MASKED)
+        peak = jnp.maximum(scores.max(-1, keepdims=True), LOWEST)
+        weights = jnp.exp(scores - peak)
         total = jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
-        norms.append(peak + jnp.log(total))
-        weights = (weights / total).astype(v_BTKH.dtype)
-        outs.append(jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BTKH[:, first:end], preferred_element_type=jnp.float32))
-    out_BTNH = jnp.concatenate(outs, 1).reshape(q_BTNH.shape).astype(q_BTNH.dtype)
-    return out_BTNH, tuple(norms)
+        out = dot("kts,ksh->kth", weights.astype(q.dtype), v) / total
+        return carry, (out.astype(q.dtype), (peak + jnp.log(total))[..., 0])
+
+    _, (out_CKTH, norm_CKT) = _scan(meet, k_BKTH, v_BKTH, sees, (), q_CKTH)
+    return out_CKTH, (q_CKTH, k_BKTH, v_BKTH, sees, out_CKTH, norm_CKT)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(window, scale, q_BTNH, k_BTKH, v_BTKH, places):
-    return _forward(window, scale, q_BTNH, k_BTKH, v_BTKH, places)[0]
-
-
-def _fwd(window, scale, q_BTNH, k_BTKH, v_BTKH, places):
-    out_BTNH, norms = _forward(window, scale, q_BTNH, k_BTKH, v_BTKH, places)
-    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, places, out_BTNH, norms)
-
-
-def _bwd(window, scale, saved, dout_BTNH):
-    q_BTNH, k_BTKH, v_BTKH, places, out_BTNH, norms = saved
-    K, dtype = k_BTKH.shape[2], q_BTNH.dtype
-    q_BTKGH, dout_BTKGH = _grouped(q_BTNH, K), _grouped(dout_BTNH, K)
+def _bwd(scale, saved, dout_CKTH):
+    q_CKTH, k_BKTH, v_BKTH, sees, out_CKTH, norm_CKT = saved
     # rowsum(dO * O) equals rowsum(P * dP), algorithm 2, line 4
-    delta = jnp.einsum("BTNH,BTNH->BTN", dout_BTNH.astype(jnp.float32), out_BTNH.astype(jnp.float32))
-    delta_BKGT = delta.reshape(*delta.shape[:2], K, -1).transpose(0, 2, 3, 1)
-    dk_BTKH, dv_BTKH = (jnp.zeros(k_BTKH.shape, jnp.float32) for _ in range(2))
-    dqs = []
-    for span, norm in zip(_spans(q_BTNH.shape[1], window, places), norms, strict=True):
-        start, end, first = span
-        q, k, v, dout = q_BTKGH[:, start:end], k_BTKH[:, first:end], v_BTKH[:, first:end], dout_BTKGH[:, start:end]
-        scores = _scores(scale, window, q, k, places, span)
-        weights = jnp.where(scores > MASKED, jnp.exp(scores - norm), 0.0)
-        dweights = jnp.einsum("BTKGH,BSKH->BKGTS", dout, v, preferred_element_type=jnp.float32)
-        dscores = (weights * (dweights - delta_BKGT[..., start:end, None]) * scale).astype(dtype)
-        dqs.append(jnp.einsum("BKGTS,BSKH->BTKGH", dscores, k, preferred_element_type=jnp.float32))
-        dk = jnp.einsum("BKGTS,BTKGH->BSKH", dscores, q, preferred_element_type=jnp.float32)
-        dv = jnp.einsum("BKGTS,BTKGH->BSKH", weights.astype(dtype), dout, preferred_element_type=jnp.float32)
-        dk_BTKH, dv_BTKH = dk_BTKH.at[:, first:end].add(dk), dv_BTKH.at[:, first:end].add(dv)
-    dq_BTNH = jnp.concatenate(dqs, 1).reshape(q_BTNH.shape)
-    return dq_BTNH.astype(dtype), dk_BTKH.astype(k_BTKH.dtype), dv_BTKH.astype(v_BTKH.dtype), None
+    delta_CKT = (dout_CKTH.astype(jnp.float32) * out_CKTH.astype(jnp.float32)).sum(-1)
+
+    def meet(place, mask, k, v, carry, block):
+        q, dout, norm, delta = block
+        scores = jnp.where(mask, dot("ksh,kth->kst", k, q) * scale, MASKED)
+        weights = jnp.exp(scores - norm[:, None])
+        dscores = (weights * (dot("ksh,kth->kst", v, dout) - delta[:, None]) * scale).astype(q.dtype)
+        dkv = dot("kst,kth->ksh", dscores, q), dot("kst,kth->ksh", weights.astype(q.dtype), dout)
+        dq = dot("khs,kst->kht", k.swapaxes(1, 2), dscores)
+        carry = tuple(_add(whole, part[None], place) for whole, part in zip(carry, dkv, strict=True))
+        return carry, dq.astype(q.dtype)
+
+    blocks = (q_CKTH, dout_CKTH, norm_CKT, delta_CKT)
+    zeros = (jnp.zeros(k_BKTH.shape, jnp.float32),) * 2
+    (dk_BKTH, dv_BKTH), dq_CKHT = _scan(meet, k_BKTH, v_BKTH, sees, zeros, blocks)
+    return dq_CKHT.swapaxes(2, 3), dk_BKTH.astype(k_BKTH.dtype), dv_BKTH.astype(v_BKTH.dtype), None
 
 
 _attention.defvjp(_fwd, _bwd)
+
+
+def _add(whole: jax.Array, part: jax.Array, place) -> jax.Array:
+    return jax.lax.dynamic_update_slice(whole, jax.lax.dynamic_slice(whole, place, part.shape) + part, place)
