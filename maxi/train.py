@@ -18,13 +18,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
-from maxi import evaluate, mesh, objectives, optim, pretrained, references, scores
+from maxi import evaluate, mesh, objectives, pretrained, program, references, scores
 from maxi import export as exports
 from maxi import step as steps
-from maxi.checkpoint import Checkpoints, abstract_state
+from maxi.checkpoint import Checkpoints
 from maxi.config import Config, to_tree
 from maxi.data.audit import wrong_mask
 from maxi.data.chat_template import ChatTemplate
@@ -35,11 +34,11 @@ from maxi.generation import complete, conversation
 from maxi.hf import Loaded
 from maxi.hf.config_json import config_fields, generation_fields
 from maxi.metrics import Recorder, process_memory
-from maxi.models import Model, decoder
-from maxi.models.decoder import UNROLL_AT_MOST, Compute
+from maxi.models import Model
 from maxi.models.sampling import Sampling
 from maxi.objectives import Objective
 from maxi.params import count, init, shardings
+from maxi.program import Program
 from maxi.run import Run, claim, record, truncate_after, write_whole
 from maxi.runtime import keep_compiled_programs
 from maxi.signals import StopRequest
@@ -71,16 +70,19 @@ class Job:
     run: Run
     devices: Mesh
     tokenizer: Tokenizer
-    model: Model
-    objective: Objective
     batches: Batches
     eval_rows: EvalRows | None
     prompts: list[list[int]]
     total: int
-    compute: Compute
-    rate: optax.Schedule
-    optimizer: optax.GradientTransformation
-    where: State
+    program: Program
+
+    @property
+    def model(self) -> Model:
+        return self.program.model
+
+    @property
+    def objective(self) -> Objective:
+        return self.program.objective
 
 
 def train(config: Config) -> Summary:
@@ -124,19 +126,15 @@ def _prepare(config: Config, run: Run) -> Job:
     record(run, config, {"data": batches.fingerprint, "tokenizer": tokenizer.fingerprint()}, read)
     _keep_model_files(run, config, model, tokenizer)
 
-    compute = _compute(config, model)
-    rate = optim.schedule(config.optim, total)
-    optimizer = optim.optimizer(config.optim, model.table, rate)
-    where = steps.state_shardings(model.table, optimizer, devices, bool(config.optim.ema))
-    data = (batches, eval_rows, prompts)
-    job = Job(config, run, devices, tokenizer, model, objective, *data, total, compute, rate, optimizer, where)
+    parts = (objective, config.compute, config.optim, devices, total, config.micro_batches)
+    job = Job(config, run, devices, tokenizer, batches, eval_rows, prompts, total, program.build(model, *parts))
     _announce(job)
     return job
 
 
 def _begin(job: Job, checkpoints: Checkpoints) -> tuple[State, int]:
     """The state to go on from and the number of steps it has behind it: resumed, from other weights, or new."""
-    config, table, ema = job.config, job.model.table, bool(job.config.optim.ema)
+    config = job.config
     saved = checkpoints.steps()
     start = saved[-1] if saved else 0
     for records in (job.run.metrics, job.run.samples, job.run.perf):
@@ -145,18 +143,16 @@ def _begin(job: Job, checkpoints: Checkpoints) -> tuple[State, int]:
         raise ConfigError(f"the run is at step {start} already, past steps {job.total}", "steps", "raise it")
     if saved:
         log.info("state: resumed from step %d of %d%s", start, job.total, ", all done" if start >= job.total else "")
-        new = partial(steps.make_state, optimizer=job.optimizer, ema=ema)
-        shapes = jax.eval_shape(lambda: new(init(table, jax.random.key(0))))
-        return checkpoints.restore(start, abstract_state(shapes, job.where)), start
+        return checkpoints.restore(start, job.program.abstract_state()), start
     if config.model.init_from:
         log.info("state: weights of %s, new optimizer", config.model.init_from)
     else:
         log.info("state: new weights from seed %d", config.seed)
-    state = steps.new_state(_first_weights(job), job.optimizer, job.where, ema)
+    state = job.program.new_state(_first_weights(job))
     if config.model.init_from and config.export_dtype == "bfloat16" and config.optim.name == "adamw":
         matrices = [weight for weight in jax.tree.leaves(state.params) if weight.ndim >= 2]
         rms = math.sqrt(sum(float(jnp.vdot(w, w)) for w in matrices) / sum(w.size for w in matrices))
-        if text := too_small_for_bf16(float(np.sum(jax.vmap(job.rate)(jnp.arange(job.total)))), rms):
+        if text := too_small_for_bf16(float(np.sum(jax.vmap(job.program.rate)(jnp.arange(job.total)))), rms):
             log.warning("warning: %s", text)
     return state, 0
 
@@ -165,16 +161,13 @@ def _first_weights(job: Job) -> Any:
     """What the run starts from."""
     if job.config.model.init_from:
         return pretrained.open_model(job.config.model.init_from, mesh=job.devices).params
-    return jax.jit(partial(init, job.model.table), out_shardings=job.where.params)(jax.random.key(job.config.seed))
+    return jax.jit(partial(init, job.model.table), out_shardings=job.program.where.params)(jax.random.key(job.config.seed))
 
 
 def _steps(job: Job, state: State, start: int, recorder: Recorder, checkpoints: Checkpoints, stop: StopRequest) -> State:
     """Steps `start` to `total`. What a checkpoint says is done is in the records before it is written."""
     config, host, hosts = job.config, jax.process_index(), jax.process_count()
-    loss, totals = _loss(job)
-    take_step = steps.make_step(
-        loss, job.optimizer, job.rate, job.where, totals=totals, micro_batches=config.micro_batches, ema=config.optim.ema
-    )
+    take_step = job.program.step()
     examine = _examiner(job)
     if start == 0:
         recorder.evaluation(0, *examine(state))
@@ -201,13 +194,6 @@ def _steps(job: Job, state: State, start: int, recorder: Recorder, checkpoints: 
     return state
 
 
-def _loss(job: Job) -> tuple[steps.Loss, steps.Totals | None]:
-    """The objective over the model, and its totals where it has any."""
-    logprobs = decoder.Logprobs(job.model, job.compute)
-    totals = getattr(job.objective, "totals", None)
-    return partial(job.objective.loss, logprobs), partial(totals, logprobs) if totals else None
-
-
 def _attach_reference(job: Job, first: State | None) -> None:
     """The reference's log-probabilities, into the rows. `first` is the state before the first step, None when that is
     over and the reference has to come from where the run took it."""
@@ -224,7 +210,7 @@ def _attach_reference(job: Job, first: State | None) -> None:
         weights,
         job.model,
         new=first is not None,
-        compute=job.compute,
+        compute=job.program.compute,
         devices=job.devices,
         batch_size=config.batch_size // config.micro_batches,
         cache_dir=config.data.cache_dir,
@@ -236,10 +222,10 @@ def _examiner(job: Job) -> Callable[[State], tuple[dict[str, Any], list[dict[str
     config, host, hosts = job.config.eval, jax.process_index(), jax.process_count()
     place = partial(steps.put, mesh=job.devices)
     if job.objective.rows in ("documents", "conversations"):
-        predict, token_bytes = evaluate.eval_step(job.model, job.compute), job.tokenizer.token_bytes()
+        predict, token_bytes = evaluate.eval_step(job.model, job.program.compute), job.tokenizer.token_bytes()
         measure = partial(evaluate.measure, predict, token_bytes=token_bytes)
     else:
-        loss, totals = _loss(job)
+        loss, totals = job.program.loss()
         whole = jax.jit(lambda params, batch: loss(params, steps.with_totals(totals, params, batch)))
         measure = partial(evaluate.measure_sums, whole)
 
@@ -305,20 +291,11 @@ def _check_fit(config: Config, tokenizer: Tokenizer, model: Model, devices: Mesh
     shardings(model.table, devices)
 
 
-def _compute(config: Config, model: Model) -> Compute:
-    """The compute section, every `auto` decided."""
-    wanted, on_cpu = config.compute, jax.default_backend() == "cpu"
-    auto = jnp.float32 if on_cpu else jnp.bfloat16
-    dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "auto": auto}[wanted.dtype]
-    unroll = wanted.layers == "unroll" or (wanted.layers == "auto" and on_cpu and len(model.layers) <= UNROLL_AT_MOST)
-    return Compute(dtype, wanted.remat, unroll, wanted.attention, wanted.head)
-
-
 def _announce(job: Job) -> None:
     """What was chosen, and what will be done."""
     for line in job.batches.describe() + (job.eval_rows.describe() if job.eval_rows else []):
         log.info("data: %s", line)
-    config, model, compute, rows = job.config, job.model, job.compute, job.batches.rows_per_epoch
+    config, model, compute, rows = job.config, job.model, job.program.compute, job.batches.rows_per_epoch
     log.info(
         "model: %s, %s parameters, %d layers (%s), vocabulary %s of which the tokenizer uses %s",
         *(model.family, f"{count(model.table):,}", len(model.layers), "unrolled" if compute.unroll else "scanned"),

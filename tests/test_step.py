@@ -63,9 +63,7 @@ def train(
     over = mesh.build(MeshConfig(**(axes or {})), jax.devices()[:devices])
     rate = optim.schedule(config, steps)
     optimizer = optim.optimizer(config, family.table, rate)
-    loss = partial(
-        objectives.build("pretrain", z_loss=z_loss).loss, decoder.Logprobs(family, Compute(**compute))
-    )
+    loss = partial(objectives.build("pretrain", z_loss=z_loss).loss, decoder.Logprobs(family, Compute(**compute)))
     with jax.set_mesh(over):
         where = step.state_shardings(family.table, optimizer, over, bool(config.ema))
         params = jax.jit(partial(init, family.table), out_shardings=where.params)(jax.random.key(0))

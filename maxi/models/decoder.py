@@ -77,9 +77,9 @@ def hidden(
     where answers share prompts contexts too (see `maxi.kernels.attention`)."""
     x_BTD = _embed(model, params, tokens_BT, compute)
     # behind a barrier, or the compiler computes the angles again in every layer
-    turned = jax.lax.optimization_barrier(cos_sin(model.rope, positions_BT))
+    cos, sin = jax.lax.optimization_barrier(cos_sin(model.rope, positions_BT))
     prepared = _prepare(model, positions_BT, segments_BT, contexts_BT, compute)
-    places = _Places(*turned, positions_BT, segments_BT, contexts_BT, prepared)
+    places = _Places(cos, sin, positions_BT, segments_BT, contexts_BT, prepared)
     axes = split_axes(model.table)
     for block in blocks(model.layers):
         if compute.unroll or block.repeats == 1:
@@ -152,15 +152,11 @@ class Logprobs:
         logprob_BT, norm_BT = token_logprobs(h_BTD, head_VD, batch["targets"], self.compute.head, by_vocabulary)
         return ring.straight(logprob_BT), ring.straight(norm_BT)
 
-    def cross_entropy(
-        self, params: Tree, batch: dict[str, jax.Array], z_loss: float
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def cross_entropy(self, params: Tree, batch: dict[str, jax.Array], z_loss: float) -> tuple[jax.Array, jax.Array, jax.Array]:
         """See `maxi.kernels.logprobs.cross_entropy`; the weights are the batch's `loss_weight`."""
         batch = _laid_out(batch)
         h_BTD, head_VD, by_vocabulary = self._head(params, batch)
-        return cross_entropy(
-            h_BTD, head_VD, batch["targets"], batch["loss_weight"], z_loss, self.compute.head, by_vocabulary
-        )
+        return cross_entropy(h_BTD, head_VD, batch["targets"], batch["loss_weight"], z_loss, self.compute.head, by_vocabulary)
 
     def _head(self, params: Tree, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, bool]:
         """Final hidden states; the head, or this device's part of it; and whether that is part of the vocabulary."""
@@ -203,7 +199,8 @@ def _prepare(
 ) -> tuple[Any, ...]:
     if shards("B") > 1:  # each device prepares its own rows, where they are its own
         return (None,) * len(_windows(model))
-    heads = tuple(model.table.sizes[letter] for letter in "NKH")
+    sizes = model.table.sizes
+    heads = (sizes["N"], sizes["K"], sizes["H"])
     places = (positions_BT, segments_BT, contexts_BT)
     return tuple(prepare(heads, compute.dtype, *places, window, compute.attention) for window in _windows(model))
 

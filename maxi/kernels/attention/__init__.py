@@ -12,6 +12,8 @@ and a context stands before the segments that see it, its positions before their
     reference.py   the definition
     blockwise.py   XLA on CPU
     tpu.py         Pallas on TPU, skipping by document; with work.py, its lists, and tpu_blocks.py, its sizes
+    gpu.py         Pallas on GPU by way of Triton, skipping by document
+    cudnn.py       cuDNN, for rows of one document, by name only
     ring.py        rows split over devices
     spans.py       the mask as two spans of keys a query, for kernels
 """
@@ -21,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from maxi.kernels.attention import blockwise, gpu, reference, ring, tpu
+from maxi.kernels.attention import blockwise, cudnn, gpu, reference, ring, tpu
 from maxi.kernels.dispatch import Backend, choose
 
 
@@ -45,6 +47,7 @@ BACKENDS = (
     Backend("blockwise", blockwise.run, blockwise.why_not),
     Backend("ring", ring.run, ring.why_not),
     Backend("reference", reference.run, reference.why_not),
+    Backend("cudnn", cudnn.run, cudnn.why_not),  # behind what runs everything: by name only
 )
 
 

@@ -58,22 +58,26 @@ class Tiles(NamedTuple):
     dkv: Tile
 
 
-# Bytes an element and head_dim (a power of two) -> tiles.
+# By bytes an element and head_dim. Not measured on hardware: chosen among what `make gpu-compile` (tests/peers) can tell of
+# sm_90a, the fewest instructions a score that spill no registers (16/8 heads of 128 with contexts: 32 bytes in dkv) and
+# fit 99 KiB of shared memory, which all GPUs from compute capability 8.0 on have.
 TILES = {
     (2, 64): Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-    (2, 128): Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
-    (2, 256): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
-    (4, 64): Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-    (4, 128): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
-    (4, 256): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    (2, 128): Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    (2, 256): Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    (4, 64): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
+    (4, 128): Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    (4, 256): Tiles(Tile(32, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 32, 8, 1)),
 }
 
 
 class Prepared(NamedTuple):
-    """The spans of every query, filled up to whole blocks, and what each kernel's blocks walk over, int32 [B, blocks,
-    4]: a first block and a number of blocks, twice (own segments, contexts; without contexts, [B, blocks, 2])."""
+    """Filled up to whole blocks: the spans of every query, the last query that sees a key in its own segment [B, T], and
+    what each kernel's blocks walk over, [B, blocks, 4]: a first block and a number of blocks, twice (own segments,
+    contexts; without contexts, [B, blocks, 2]). All int32."""
 
     spans: Spans
+    last: jax.Array
     forward: jax.Array
     dq: jax.Array
     dkv: jax.Array
@@ -99,7 +103,7 @@ def prepare(
     """None where the mesh still splits the batch: every device then prepares its own rows."""
     if sharding.shards("B") > 1:
         return None
-    tiles = _tiles(call.dtype, call.H, call.T)
+    tiles = tiles_of(call.dtype, call.H, call.T)
     return _prepare(tiles, call.window, positions_BT, segments_BT, contexts_BT)
 
 
@@ -107,7 +111,7 @@ def run(q_BTNH, k_BSKH, v_BSKH, q_positions, k_positions, q_segments, k_segments
     """See `maxi.kernels.attention.attention`."""
     del k_positions, k_segments  # T == S: queries and keys are the same tokens
     T, H = q_BTNH.shape[1], q_BTNH.shape[3]
-    tiles = _tiles(q_BTNH.dtype, H, T)
+    tiles = tiles_of(q_BTNH.dtype, H, T)
     places = (q_positions, q_segments, *(() if q_contexts is None else (q_contexts,)))
     if prepared is None and sharding.shards("B") == 1:
         prepared = _prepare(tiles, window, *places)
@@ -125,7 +129,7 @@ def run(q_BTNH, k_BSKH, v_BSKH, q_positions, k_positions, q_segments, k_segments
 # ---------------------------------------------------------------- what the blocks of a row walk over
 
 
-def _tiles(dtype: Any, H: int, T: int) -> Tiles:
+def tiles_of(dtype: Any, H: int, T: int) -> Tiles:
     """The table's tiles, no larger than a short row needs (Triton's dots take 16 rows at least)."""
     most = max(16, pl.next_power_of_2(T))
     tiles = TILES[jnp.dtype(dtype).itemsize, max(64, pl.next_power_of_2(H))]
@@ -136,9 +140,19 @@ def _prepare(tiles: Tiles, window: int | None, positions_BT, segments_BT, contex
     sees = spans(positions_BT, segments_BT, contexts_BT, window)
     faults = broken(positions_BT, segments_BT, contexts_BT, sees)
     largest = max(max(tile.queries, tile.keys) for tile in tiles)
-    sees = pad(sees, -(-segments_BT.shape[1] // largest) * largest)
+    T = segments_BT.shape[1]
+    more = -T % largest
+    sees, last = pad(sees, T + more), jnp.pad(_last(segments_BT, window), ((0, 0), (0, more)), constant_values=-1)
     forward = jnp.where(faults[:, None, None], FAULT, _key_blocks(sees, tiles.forward))
-    return Prepared(sees, forward, _key_blocks(sees, tiles.dq), _query_blocks(sees, tiles.dkv))
+    return Prepared(sees, last, forward, _key_blocks(sees, tiles.dq), _query_blocks(sees, tiles.dkv))
+
+
+def _last(segments_BT: jax.Array, window: int | None) -> jax.Array:
+    place = jnp.arange(segments_BT.shape[1], dtype=jnp.int32)[None]
+    ends = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (0, 1)), constant_values=True)
+    last = jax.lax.cummin(jnp.where(ends, place, NEVER), axis=1, reverse=True)
+    last = last if window is None else jnp.minimum(last, place + (window - 1))
+    return jnp.where(segments_BT != 0, last, -1)
 
 
 def _ranges(sees: Spans, tile: Tile) -> list[tuple[jax.Array, jax.Array]]:
@@ -218,17 +232,23 @@ def _dot(a: jax.Array, b: jax.Array, contract: Any) -> jax.Array:
     return jax.lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.float32)
 
 
-def _exp2(x: jax.Array) -> jax.Array:
-    """The hardware's own, in one instruction: what lies below the smallest normal number may be zero here."""
+def _exp2(x: jax.Array, factor: float, more: Any) -> jax.Array:
+    """2 ** (x * factor + more) in two instructions, of which every score needs one; what `jnp.exp2` adds to them, exact
+    results below the smallest normal number, took a sixth of all instructions of the loops."""
     if platform.interpret():
-        return jnp.exp2(x)
-    out = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    asm = {"constraints": "=f,f", "pack": 1, "result_shape_dtypes": [out]}
-    return plgpu.elementwise_inline_asm("ex2.approx.ftz.f32 $0, $1;", args=[x], **asm)[0]
+        return jnp.exp2(x * factor + more)
+    asm = "{ .reg .f32 t; fma.rn.f32 t, $1, $2, $3; ex2.approx.ftz.f32 $0, t; }"
+    args = [x, *(jnp.broadcast_to(jnp.asarray(a, x.dtype), x.shape) for a in (factor, more))]
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return plgpu.elementwise_inline_asm(asm, args=args, constraints="=f,f,f,f", pack=1, result_shape_dtypes=[shape])[0]
 
 
 def _sees(q_place: jax.Array, k_place: jax.Array, first: jax.Array, *context: jax.Array) -> jax.Array:
-    seen = (k_place >= first) & (k_place <= q_place)
+    return _either((k_place >= first) & (k_place <= q_place), k_place, *context)
+
+
+def _either(seen: jax.Array, k_place: jax.Array, *context: jax.Array) -> jax.Array:
+    """What is seen in the own segment or, where there are contexts, from the first to the last place in those."""
     return seen | ((k_place >= context[0]) & (k_place <= context[1])) if context else seen
 
 
@@ -249,7 +269,7 @@ def _forward_kernel(walk_ref, *refs, rows: _Rows, tile: Tile, scale: float):
         scores = _dot(q, rows.load(k_ref.at[here, :], at), TRANSPOSED)
         scores = jnp.where(_sees(q_place, (at + jnp.arange(tile.keys))[None, :], *spans_of), scores, MASKED)
         new = jnp.maximum(peak, scores.max(1))
-        weights, fade = _exp2(scores * base2 - (new * base2)[:, None]), _exp2((peak - new) * base2)
+        weights, fade = _exp2(scores, base2, (new * -base2)[:, None]), _exp2(peak - new, base2, 0.0)
         v = rows.load(v_ref.at[here, :], at)
         return new, total * fade + weights.sum(1), out * fade[:, None] + _dot(weights.astype(v.dtype), v, PLAIN)
 
@@ -277,7 +297,7 @@ def _dq_kernel(walk_ref, *refs, rows: _Rows, tile: Tile, scale: float):
         here = pl.ds(at, tile.keys)
         k, v = rows.load(k_ref.at[here, :], at), rows.load(v_ref.at[here, :], at)
         seen = _sees(q_place, (at + jnp.arange(tile.keys))[None, :], *spans_of)
-        weights = _exp2(jnp.where(seen, _dot(q, k, TRANSPOSED) * (scale * LOG2E) - norm, MASKED))
+        weights = _exp2(jnp.where(seen, _dot(q, k, TRANSPOSED), MASKED), scale * LOG2E, -norm)
         dscores = weights * (_dot(dout, v, TRANSPOSED) - delta[:, None])
         return dq + _dot(dscores.astype(k.dtype), k, PLAIN)
 
@@ -287,9 +307,9 @@ def _dq_kernel(walk_ref, *refs, rows: _Rows, tile: Tile, scale: float):
 
 def _dkv_kernel(walk_ref, *refs, rows: _Rows, tile: Tile, scale: float):
     """Algorithm 2 for one block of keys of one key head: all query heads of its group, tiles as [keys, queries]."""
-    *span_refs, q_ref, k_ref, v_ref, dout_ref, norm_ref, delta_ref, dk_ref, dv_ref = refs
+    last_ref, *context_refs, q_ref, k_ref, v_ref, dout_ref, norm_ref, delta_ref, dk_ref, dv_ref = refs
     start, heads = pl.program_id(0) * tile.keys, q_ref.shape[1]
-    k_place = (start + jnp.arange(tile.keys))[:, None]
+    k_place, k_last = (start + jnp.arange(tile.keys))[:, None], last_ref[...][:, None]
     k, v = rows.load(k_ref, start), rows.load(v_ref, start)
     steps, block = _walks(walk_ref)
 
@@ -300,8 +320,10 @@ def _dkv_kernel(walk_ref, *refs, rows: _Rows, tile: Tile, scale: float):
         here = pl.ds(at, tile.queries)
         q, dout = rows.load(q_ref.at[here, head, :], at), rows.load(dout_ref.at[here, head, :], at)
         norm, delta = norm_ref[head, here][None, :], delta_ref[head, here][None, :]
-        seen = _sees((at + jnp.arange(tile.queries))[None, :], k_place, *(ref[here][None, :] for ref in span_refs))
-        weights = _exp2(jnp.where(seen, _dot(k, q, TRANSPOSED) * (scale * LOG2E) - norm, MASKED))
+        q_place = (at + jnp.arange(tile.queries))[None, :]
+        # by the key's last query and not by the query's first key: values that go down a tile take fewer registers
+        seen = _either((q_place >= k_place) & (q_place <= k_last), k_place, *(ref[here][None, :] for ref in context_refs))
+        weights = _exp2(jnp.where(seen, _dot(k, q, TRANSPOSED), MASKED), scale * LOG2E, -norm)
         dv += _dot(weights.astype(dout.dtype), dout, PLAIN)
         dscores = weights * (_dot(v, dout, TRANSPOSED) - delta)
         return dk + _dot(dscores.astype(q.dtype), q, PLAIN), dv
@@ -346,15 +368,20 @@ def _by_queries(kernel, tile: Tile, scale: float, walk, sees: Spans, arrays: str
     )(walk, *jax.tree.leaves(sees), *operands)
 
 
-def _by_keys(tile: Tile, scale: float, walk, sees: Spans, q_BTNH, k_BTKH, v_BTKH, dout_BTNH, norm, delta):
+def _by_keys(tile: Tile, scale: float, prepared: Prepared, q_BTNH, k_BTKH, v_BTKH, dout_BTNH, norm, delta):
     """`_dkv_kernel` over (blocks of keys, key heads, rows of the batch)."""
     B, T, K, H = k_BTKH.shape
-    G, filled, width = q_BTNH.shape[2] // K, sees.first.shape[1], pl.next_power_of_2(H)
+    filled, width, walk = prepared.last.shape[1], pl.next_power_of_2(H), prepared.dkv
+    contexts = jax.tree.leaves(prepared.spans)[1:]
+    G = q_BTNH.shape[2] // K
     queries = pl.BlockSpec((None, filled, G, width), lambda _, n, b: (b, 0, n, 0))
     keys = pl.BlockSpec((None, tile.keys, None, width), lambda i, n, b: (b, i, n, 0))
     vector = pl.BlockSpec((None, G, filled), lambda _, n, b: (b, n, 0))
-    own = [pl.BlockSpec((None, None, walk.shape[-1]), lambda i, _, b: (b, i, 0))]
-    own += [pl.BlockSpec((None, filled), lambda *at: (at[2], 0))] * len(jax.tree.leaves(sees))
+    own = [
+        pl.BlockSpec((None, None, walk.shape[-1]), lambda i, _, b: (b, i, 0)),
+        pl.BlockSpec((None, tile.keys), lambda i, _, b: (b, i)),
+        *[pl.BlockSpec((None, filled), lambda *at: (at[2], 0))] * len(contexts),
+    ]
     return pl.pallas_call(
         partial(_dkv_kernel, rows=_Rows(T, H), tile=tile, scale=scale),
         grid=(filled // tile.keys, K, B),
@@ -364,7 +391,7 @@ def _by_keys(tile: Tile, scale: float, walk, sees: Spans, q_BTNH, k_BTKH, v_BTKH
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=platform.interpret(),
         name="dkv_kernel",
-    )(walk, *jax.tree.leaves(sees), q_BTNH, k_BTKH, v_BTKH, dout_BTNH, norm, delta)
+    )(walk, prepared.last, *contexts, q_BTNH, k_BTKH, v_BTKH, dout_BTNH, norm, delta)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -382,7 +409,7 @@ def _backward(scale, tiles, saved, dout_BTNH):
     q_BTNH, k_BTKH, v_BTKH, prepared, out_BTNH, norm = saved
     operands = (q_BTNH, k_BTKH, v_BTKH, out_BTNH, dout_BTNH, norm)
     dq_BTNH, delta = _by_queries(_dq_kernel, tiles.dq, scale, prepared.dq, prepared.spans, "qkkqqn", operands, "qn")
-    dk_BTKH, dv_BTKH = _by_keys(tiles.dkv, scale, prepared.dkv, prepared.spans, q_BTNH, k_BTKH, v_BTKH, dout_BTNH, norm, delta)
+    dk_BTKH, dv_BTKH = _by_keys(tiles.dkv, scale, prepared, q_BTNH, k_BTKH, v_BTKH, dout_BTNH, norm, delta)
     return dq_BTNH, dk_BTKH, dv_BTKH, None
 
 

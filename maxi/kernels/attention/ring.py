@@ -190,9 +190,9 @@ def _meet_again(window, scale, B, queries, q_places: Places, keys: Keys, dq_CTKG
 
 
 def _scores(window, scale, q_TKGH, k_SKH, q_places: Places, k_places: Places) -> jax.Array:
-    (q_positions, q_segments, *contexts), (k_positions, k_segments) = q_places, k_places
-    arrays = (a[None] for a in (q_positions, k_positions, q_segments, k_segments))
-    mask = visible(*arrays, contexts[0][None] if contexts else None, window)
+    q_positions, q_segments, *contexts = (a[None] for a in q_places)
+    k_positions, k_segments = (a[None] for a in k_places)
+    mask = visible(q_positions, k_positions, q_segments, k_segments, contexts[0] if contexts else None, window)
     scores = jnp.einsum("TKGH,SKH->KGTS", q_TKGH, k_SKH, preferred_element_type=jnp.float32)
     return jnp.where(mask, scores * scale, MASKED)
 

@@ -2,12 +2,12 @@
 
 The grid walks a work list (`work.py`) of run-time length, made once a step: a row packed with short documents costs its
 documents. The heads of a group are stacked in one tile of G times q_block queries, so keys and values are read once a
-group. Tiles are transposed, keys down and queries across: what is per query (maximum, normaliser, spans) is then a row
-that spreads over the tile for nothing, and needs no reduction across lanes.
+group, and one step does several groups: they share the mask, the step's own cost, and each fills the other's waits.
 
 The backward pass is one kernel of five matmuls (Dao, arXiv:2307.08691, algorithm 2, has seven in two kernels). It walks
 keys on the outside and holds the gradient of a row's queries in VMEM meanwhile. Where those do not fit it takes them by
-chunks, and a key block that a later chunk sees again leaves its float32 sums in HBM: memory is linear in T.
+chunks, and a key block that a later chunk sees again leaves its float32 sums in HBM: memory is linear in T. Its tiles are
+transposed, keys down and queries across, which saves it transposing them for the gradients of keys and values.
 
 Rows that break the contract of `maxi.kernels.attention` come out as NaN, which stops a run, and not as another mask.
 Sizes of tiles are in `tpu_blocks.py`.
@@ -31,15 +31,18 @@ from maxi.kernels.platform import interpret, platform, runs_on
 
 MASKED, LOWEST = -1e30, -1e20
 """Stand for minus infinity: a masked score lies so far below the lowest maximum that its probability is exactly 0."""
+LEAST = 1e-30
+"""Stands for the normaliser of a query that sees nothing; its sums are 0."""
 LOG2E = math.log2(math.e)
 """Scores are kept in base 2: the exponential that the hardware has."""
+LANES = tpu_blocks.LANES
 
 
 class Prepared(NamedTuple):
     """What the kernels need beside q, k and v.
 
-    The rows [B, blocks, 2 or 4, G * q_block], float32, hold what a stacked tile's queries see: the first and last key of
-    their own span and, where there are contexts, of that one.
+    The rows [B, blocks, 1 or 3, q_block], float32, hold where the spans of a block's queries begin: the first key of their
+    own, which ends at the query, and, where there are contexts, the first and last key of that one.
     """
 
     forward: Work
@@ -49,10 +52,12 @@ class Prepared(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """What is static about a call. `partials`: how many sets of float32 sums the backward pass leaves in HBM."""
+    """What is static about a call. `heads`: key heads in a step. `partials`: sets of float32 sums that the backward pass may
+    leave in HBM, one for all heads where they take their turns, one each where two cores share them."""
 
     sizes: Sizes
     scale: float
+    heads: int
     partials: int
     interpret: Any
 
@@ -77,7 +82,7 @@ def prepare(call: Any, positions_BT: jax.Array, segments_BT: jax.Array, contexts
         return None
     sizes = tpu_blocks.choose(call)
     assert sizes is not None, call
-    return _prepare(sizes, call.N // call.K, call.window, positions_BT, segments_BT, contexts_BT)
+    return _prepare(sizes, call.window, positions_BT, segments_BT, contexts_BT)
 
 
 def run(q_BTNH, k_BSKH, v_BSKH, q_positions, k_positions, q_segments, k_segments, *, q_contexts, window, scale, prepared):
@@ -96,7 +101,7 @@ def run(q_BTNH, k_BSKH, v_BSKH, q_positions, k_positions, q_segments, k_segments
     return sharding.local(part, inputs, "BTNH")(q_BTNH, k_BSKH, v_BSKH, *places, *flat)
 
 
-class _Shape(NamedTuple):
+class Shape(NamedTuple):
     """The part of `maxi.kernels.attention.Call` that sizes depend on, of one device's arrays."""
 
     B: int
@@ -122,15 +127,19 @@ def kernel(
     """Attention over one device's arrays. `places` are positions, segments and, where there are any, contexts [B, T]."""
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
-    sizes = sizes or tpu_blocks.choose(_Shape(B, T, N, K, H, q_BTNH.dtype))
+    sizes = sizes or tpu_blocks.choose(Shape(B, T, N, K, H, q_BTNH.dtype))
     assert sizes is not None, q_BTNH.shape
     if prepared is None:
-        prepared = _prepare(sizes, N // K, window, *places, *[None] * (3 - len(places)))
-    plan = _Plan(sizes, scale, K if sizes.cores > 1 else 1, interpret)
+        prepared = _prepare(sizes, window, *places, *[None] * (3 - len(places)))
     q_BKGTH = _heads_first(q_BTNH, K, sizes.T)
     k_BKTH, v_BKTH = (_heads_first(x, K, sizes.T)[:, :, 0] for x in (k_BTKH, v_BTKH))
-    out_BKGTH = _attention(plan, q_BKGTH, k_BKTH, v_BKTH, prepared)
+    out_BKGTH = _attention(plan(sizes, scale, N // K, K, interpret), q_BKGTH, k_BKTH, v_BKTH, prepared)
     return out_BKGTH[:, :, :, :T].transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
+
+
+def plan(sizes: Sizes, scale: float, G: int, K: int, interpret: Any) -> _Plan:
+    heads = tpu_blocks.heads(sizes, G, K)
+    return _Plan(sizes, scale, heads, K // heads if sizes.cores > 1 else 1, interpret)
 
 
 def _heads_first(x_BTNH: jax.Array, K: int, padded: int) -> jax.Array:
@@ -142,7 +151,7 @@ def _heads_first(x_BTNH: jax.Array, K: int, padded: int) -> jax.Array:
 # --- what is the same for all layers -------------------------------------------------------------------------------------
 
 
-def _prepare(sizes: Sizes, G: int, window, positions_BT, segments_BT, contexts_BT) -> Prepared:
+def _prepare(sizes: Sizes, window, positions_BT, segments_BT, contexts_BT) -> Prepared:
     seen = spans(positions_BT, segments_BT, contexts_BT, window)
     faults = work.broken(positions_BT, segments_BT, contexts_BT, seen)
     seen = work.pad(seen, sizes.T)
@@ -151,18 +160,17 @@ def _prepare(sizes: Sizes, G: int, window, positions_BT, segments_BT, contexts_B
     backward = work.seen_blocks(seen, blocks.q_backward, blocks.k_backward)
     return Prepared(
         work.by_query(forward, faults, sizes.entries_forward),
-        _rows(seen, G, blocks.q_forward),
+        _rows(seen, blocks.q_forward),
         work.by_key(backward, sizes.chunk // blocks.q_backward, sizes.entries_backward),
-        _rows(seen, G, blocks.q_backward),
+        _rows(seen, blocks.q_backward),
     )
 
 
-def _rows(seen: Spans, G: int, q_block: int) -> jax.Array:
+def _rows(seen: Spans, q_block: int) -> jax.Array:
     B, T = seen.first.shape
-    last = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    rows = [row for row in (seen.first, last, seen.context_first, seen.context_last) if row is not None]
-    stacked = jnp.stack(rows, 1).reshape(B, len(rows), T // q_block, q_block).swapaxes(1, 2)
-    return jnp.tile(stacked, (1, 1, 1, G)).astype(jnp.float32)  # exact below 2 ** 24 tokens, and as fast to compare
+    rows = jnp.stack([row for row in seen if row is not None], 1)
+    blocks = rows.reshape(B, rows.shape[1], T // q_block, q_block).swapaxes(1, 2)
+    return blocks.astype(jnp.float32)  # exact below 2 ** 24 tokens, and as fast to compare
 
 
 # --- kernels -------------------------------------------------------------------------------------------------------------
@@ -175,55 +183,97 @@ def _dot(a: jax.Array, b: jax.Array, over: tuple[int, int]) -> jax.Array:
     return jax.lax.dot_general(a, b, dims, precision=exact, preferred_element_type=jnp.float32)
 
 
-def _stacked(ref: Any) -> jax.Array:
+def _stacked(block: jax.Array) -> jax.Array:
     """The heads of a group on top of each other: [G, q_block, H] as [G * q_block, H]."""
-    block = ref[...]
     return block.reshape(-1, block.shape[-1])
 
 
-def _scores(q, k, rows, k_block: jax.Array, scale: float) -> jax.Array:
-    """Masked scores in base 2, [keys, stacked queries]; `rows` are the spans of the queries."""
-    scores = _dot(k, q, (1, 1)) * (scale * LOG2E)
-    key = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0).astype(jnp.float32)
-    rows = [row - (k_block * k.shape[0]).astype(jnp.float32) for row in rows]
-    seen = (key >= rows[0]) & (key <= rows[1])
-    if len(rows) == 4:
-        seen |= (key >= rows[2]) & (key <= rows[3])
-    return jnp.where(seen, scores, MASKED)
+def _wide(x: jax.Array, width: int) -> jax.Array:
+    """A column that fills all lanes, made `width` wide: no data moves."""
+    return jnp.tile(x, (1, -(-width // LANES)))[:, :width]
 
 
-def _split(rows_ref: Any, first: int = 0) -> list[jax.Array]:
-    return [rows_ref[i : i + 1, :] for i in range(first, rows_ref.shape[0])]
+def _column(row: jax.Array) -> jax.Array:
+    """[1, n] as [n, LANES]."""
+    return jnp.broadcast_to(row, (LANES, row.shape[1])).T
 
 
-def _forward_kernel(place, step, q_ref, k_ref, v_ref, rows_ref, out_ref, norm_ref, peak, total, sums, *, scale):
-    del place
-    entry = step[pl.program_id(1)]
+def _row(column: jax.Array) -> jax.Array:
+    """[n, LANES] of equal lanes as [1, n]: the sum of its diagonals, where a transpose would be five times the work."""
+    n = column.shape[0]
+    at, lane = (jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), axis) for axis in (0, 1))
+    parts = [jnp.where(at == lane, column[i : i + LANES], 0.0).sum(0, keepdims=True) for i in range(0, n, LANES)]
+    return jnp.concatenate(parts, 1)
 
-    @pl.when(entry & work.FIRST != 0)
+
+def _inverse(x: jax.Array) -> jax.Array:
+    """1 / x to float32, from the hardware's guess and two steps of Newton: a third of what the division takes."""
+    guess = pl.reciprocal(x, approx=True)
+    guess = guess * (2.0 - x * guess)
+    return guess * (2.0 - x * guess)
+
+
+def _bias(shape: tuple[int, int], queries: int, ahead: jax.Array, spans: list[jax.Array]) -> jax.Array:
+    """0 where a query sees a key, `MASKED` elsewhere; queries along the axis `queries`. `ahead`: how far the block of queries
+    stands after that of keys; `spans`, in keys of the block, spread over the other axis."""
+    key = jax.lax.broadcasted_iota(jnp.int32, shape, 1 - queries)
+    past = jax.lax.broadcasted_iota(jnp.int32, shape, queries) - key + ahead >= 0
+    key = key.astype(jnp.float32)
+    seen = past & (spans[0] <= key)
+    if len(spans) == 3:
+        seen |= (spans[1] <= key) & (key <= spans[2])
+    return jnp.where(seen, 0.0, MASKED)
+
+
+def _places(place: Any, step: Any, q_block: int, k_block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The current entry's flags (and more above them), first query and first key."""
+    at = pl.program_id(1)
+    entry = step[at]
+    return entry, (place[at] & 0xFFFF) * q_block, (entry >> 8) * k_block
+
+
+def _forward_kernel(
+    place, step, q_ref, k_ref, v_ref, rows_ref, out_ref, norm_ref, spans_ref, peak_ref, total_ref, sums_ref, *, plan
+):
+    """Softmax as it goes (algorithm 1): `peak_ref` and `total_ref` in all lanes, per head of the step."""
+    blocks = plan.sizes.blocks
+    bq, bk, G, H = blocks.q_forward, blocks.k_forward, q_ref.shape[1], q_ref.shape[3]
+    entry, query, key = _places(place, step, bq, bk)
+    fresh = entry & work.FIRST != 0
+
+    @pl.when(fresh)
     def _():
-        peak[...] = jnp.full_like(peak, LOWEST)
-        total[...] = jnp.zeros_like(total)
-        sums[...] = jnp.zeros_like(sums)
+        for i in range(rows_ref.shape[0]):
+            spans_ref[i] = _column(rows_ref[i : i + 1, :])
 
     @pl.when(entry & work.SEEN != 0)
     def _():
-        v = v_ref[...]
-        scores = _scores(_stacked(q_ref), k_ref[...], _split(rows_ref), entry >> 8, scale)
-        before = peak[...]
-        now = jnp.maximum(before, scores.max(0, keepdims=True))
-        weights, shrink = jnp.exp2(scores - now), jnp.exp2(before - now)
-        peak[...] = now
-        total[...] = shrink * total[...] + weights.sum(0, keepdims=True)
-        sums[...] = sums[...] * shrink + _dot(v, weights.astype(v.dtype), (0, 0))
+        begin = key.astype(jnp.float32)
+        spans = [_wide(spans_ref[i] - begin, bk) for i in range(rows_ref.shape[0])]
+        bias = jnp.concatenate([_bias((bq, bk), 0, query - key, spans)] * G, 0)
+        for head in range(plan.heads):
+            v = v_ref[head]
+            scores = _dot(_stacked(q_ref[head]), k_ref[head], (1, 1)) * (plan.scale * LOG2E) + bias
+            # the first entry starts afresh by selecting: clearing what is kept would take longer
+            before = jnp.where(fresh, LOWEST, peak_ref[head])
+            peak = jnp.maximum(before, scores.max(1, keepdims=True))
+            weights, shrink = jnp.exp2(scores - _wide(peak, bk)), jnp.exp2(before - peak)
+            peak_ref[head] = peak
+            total_ref[head] = jnp.where(fresh, 0.0, total_ref[head]) * shrink + weights.sum(1, keepdims=True)
+            sums = jnp.where(fresh, 0.0, sums_ref[head]) * _wide(shrink, H)
+            sums_ref[head] = sums + _dot(weights.astype(v.dtype), v, (1, 0))
 
-    @pl.when(entry & work.LAST != 0)
+    @pl.when(entry & (work.LAST | work.SEEN) == work.LAST | work.SEEN)
     def _():
-        some = total[...] > 0
-        whole = jnp.where(some, total[...], 1.0)
-        out = (sums[...] / whole).T  # sums of queries that see nothing are 0
-        out_ref[...] = out.astype(out_ref.dtype).reshape(out_ref.shape)
-        norm_ref[...] = jnp.where(some, peak[...] + jnp.log2(whole), -MASKED)
+        for head in range(plan.heads):
+            total = jnp.maximum(total_ref[head], LEAST)
+            out_ref[head] = (sums_ref[head] * _wide(_inverse(total), H)).astype(out_ref.dtype).reshape(G, bq, H)
+            norm_ref[head] = _row(peak_ref[head]) + jnp.log2(_row(total))
+
+    @pl.when(entry & work.SEEN == 0)
+    def _():
+        out_ref[...] = jnp.zeros_like(out_ref)
+        norm_ref[...] = jnp.full_like(norm_ref, LOWEST)
 
     @pl.when(entry & work.BROKEN != 0)
     def _():
@@ -231,50 +281,68 @@ def _forward_kernel(place, step, q_ref, k_ref, v_ref, rows_ref, out_ref, norm_re
 
 
 def _backward_kernel(
-    place, step, q_ref, dout_ref, k_ref, v_ref, rows_ref, dk_ref, dv_ref, dq_ref, partials, dq, sums, arrived, *, plan
+    place,
+    step,
+    q_ref,
+    dout_ref,
+    k_ref,
+    v_ref,
+    norm_ref,
+    delta_ref,
+    rows_ref,
+    dk_ref,
+    dv_ref,
+    dq_ref,
+    partials,
+    dq_sums,
+    sums,
+    arrived,
+    *,
+    plan,
 ):
-    """`rows_ref`: the norm and the delta of the tile's queries, then their spans. `sums`: dk and dv of the key block."""
-    at = pl.program_id(1)
-    entry, blocks = step[at], plan.sizes.blocks
-    chunked = plan.sizes.chunk < plan.sizes.T
+    """Per head of the step, `dq_sums` of the queries of a chunk and `sums`, dk and dv, of the key block."""
+    blocks, chunked = plan.sizes.blocks, plan.sizes.chunk < plan.sizes.T
+    bq, bk, G, H = blocks.q_backward, blocks.k_backward, q_ref.shape[1], q_ref.shape[3]
+    entry, query, key = _places(place, step, bq, bk)
+    own = jax.lax.rem(pl.program_id(0), plan.partials)
 
     @pl.when(entry & work.CHUNK_FIRST != 0)
     def _():
-        dq[...] = jnp.zeros_like(dq)
+        dq_sums[...] = jnp.zeros_like(dq_sums)
 
     @pl.when(entry & (work.FIRST | (work.RESUMES if chunked else 0)) == work.FIRST)
     def _():
         sums[...] = jnp.zeros_like(sums)
 
+    def partial_sums():
+        return partials.at[own, :, :, pl.ds(pl.multiple_of(key, bk), bk), :]
+
     if chunked:
-        begin = pl.multiple_of((entry >> 8) * blocks.k_backward, blocks.k_backward)
-        left = partials.at[jax.lax.rem(pl.program_id(0), plan.partials), :, pl.ds(begin, blocks.k_backward), :]
 
         @pl.when(entry & (work.FIRST | work.RESUMES) == work.FIRST | work.RESUMES)
         def _():
-            copy = pltpu.make_async_copy(left, sums, arrived)
-            copy.start()
-            copy.wait()
+            pltpu.async_copy(partial_sums(), sums, arrived).wait()
 
     @pl.when(entry & work.SEEN != 0)
     def _():
-        q, dout, k = _stacked(q_ref), _stacked(dout_ref), k_ref[...]
-        norm, delta, *rows = _split(rows_ref)
-        weights = jnp.exp2(_scores(q, k, rows, entry >> 8, plan.scale) - norm)
-        sums[1] += _dot(weights.astype(dout.dtype), dout, (1, 0))
-        dscores = (weights * (_dot(v_ref[...], dout, (1, 1)) - delta)).astype(q.dtype)
-        sums[0] += _dot(dscores, q, (1, 0))
-        block = jax.lax.rem(place[at] & 0xFFFF, plan.sizes.chunk // blocks.q_backward)
-        here = (slice(None), pl.ds(pl.multiple_of(block * blocks.q_backward, blocks.q_backward), blocks.q_backward))
-        dq[here] += _dot(dscores, k, (0, 0)).reshape(dq.shape[0], blocks.q_backward, dq.shape[2])
+        begin = key.astype(jnp.float32)
+        spans = [rows_ref[i : i + 1, :] - begin for i in range(rows_ref.shape[0])]
+        bias = jnp.concatenate([_bias((bk, bq), 1, query - key, spans)] * G, 1)
+        here = pl.ds(pl.multiple_of(jax.lax.rem(query, plan.sizes.chunk), bq), bq)
+        for head in range(plan.heads):
+            q, dout, k = _stacked(q_ref[head]), _stacked(dout_ref[head]), k_ref[head]
+            scores = _dot(k, q, (1, 1)) * (plan.scale * LOG2E) + bias
+            weights = jnp.exp2(scores - norm_ref[head])
+            sums[1, head] += _dot(weights.astype(dout.dtype), dout, (1, 0))
+            dscores = (weights * (_dot(v_ref[head], dout, (1, 1)) - delta_ref[head])).astype(q.dtype)
+            sums[0, head] += _dot(dscores, q, (1, 0))
+            dq_sums[head, :, here, :] += _dot(dscores, k, (0, 0)).reshape(G, bq, H)
 
     if chunked:
 
         @pl.when(entry & (work.LAST | work.PAUSES) == work.LAST | work.PAUSES)
         def _():
-            copy = pltpu.make_async_copy(sums, left, arrived)
-            copy.start()
-            copy.wait()
+            pltpu.async_copy(sums, partial_sums(), arrived).wait()
 
     @pl.when(entry & (work.LAST | (work.PAUSES if chunked else 0)) == work.LAST)
     def _():
@@ -283,35 +351,55 @@ def _backward_kernel(
 
     @pl.when(entry & work.CHUNK_LAST != 0)
     def _():
-        dq_ref[...] = (dq[...] * plan.scale).astype(dq_ref.dtype)
+        dq_ref[...] = (dq_sums[...] * plan.scale).astype(dq_ref.dtype)
 
 
 # --- calls ---------------------------------------------------------------------------------------------------------------
 
 
 def _spec(shape: tuple[int | None, ...], at: Any) -> pl.BlockSpec:
-    """A block chosen by `at(head, row, query block, key block)` of the list's current entry."""
+    """A block chosen by `at(heads, row, query block, key block)` of the list's current entry."""
 
-    def index(head, entry, place, step):
-        return at(head, place[entry] >> 16, place[entry] & 0xFFFF, step[entry] >> 8)
+    def index(heads, entry, place, step):
+        return at(heads, place[entry] >> 16, place[entry] & 0xFFFF, step[entry] >> 8)
 
     return pl.BlockSpec(shape, index)
 
 
-def _call(body, plan: _Plan, todo: Work, heads: int, matmuls: int, specs, outputs, scratch, arrays, name: str):
-    """`specs` of inputs and of outputs. Costs are given as if every row were one document."""
+class _Specs(NamedTuple):
+    """Blocks of the arrays of a pass: q, k, the one row of statistics, and where spans begin."""
+
+    queries: pl.BlockSpec
+    keys: pl.BlockSpec
+    stats: pl.BlockSpec
+    rows: pl.BlockSpec
+
+
+def _specs(heads: int, G: int, H: int, bq: int, bk: int, kinds: int) -> _Specs:
+    return _Specs(
+        _spec((None, heads, G, bq, H), lambda h, b, i, j: (b, h, 0, i, 0)),
+        _spec((None, heads, bk, H), lambda h, b, i, j: (b, h, j, 0)),
+        _spec((None, heads, None, 1, G * bq), lambda h, b, i, j: (b, h, i, 0, 0)),
+        _spec((None, None, kinds, bq), lambda h, b, i, j: (b, i, 0, 0)),
+    )
+
+
+def _call(body, plan: _Plan, todo: Work, matmuls: int, inputs, outputs, scratch, arrays, name: str):
+    """`inputs` are specs, `outputs` specs and shapes. Costs are given as if every row were one document."""
     B, K, G, T, H = arrays[0].shape
     pairs = B * K * G * T * T // 2
-    moved = sum(array.nbytes for array in arrays) + sum(math.prod(out.shape) * out.dtype.itemsize for out in outputs)
+    moved = sum(x.size * x.dtype.itemsize for x in arrays) + sum(math.prod(x.shape) * x.dtype.itemsize for x in outputs[1])
     return pl.pallas_call(
-        body,
+        partial(body, plan=plan),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2, grid=(heads, todo.size), in_specs=specs[0], out_specs=specs[1], scratch_shapes=scratch
+            num_scalar_prefetch=2,
+            grid=(K // plan.heads, todo.size),
+            in_specs=inputs,
+            out_specs=outputs[0],
+            scratch_shapes=scratch,
         ),
-        out_shape=outputs,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=plan.sizes.vmem
-        ),
+        out_shape=outputs[1],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=plan.sizes.vmem),
         cost_estimate=pl.CostEstimate(flops=2 * matmuls * pairs * H, transcendentals=pairs, bytes_accessed=moved),
         interpret=plan.interpret,
         name=name,
@@ -321,45 +409,38 @@ def _call(body, plan: _Plan, todo: Work, heads: int, matmuls: int, specs, output
 def _forward(plan: _Plan, q_BKGTH, k_BKTH, v_BKTH, ready: Prepared) -> tuple[jax.Array, jax.Array]:
     """Attended values and, in base 2, the log of every query's normaliser [B, K, blocks, 1, G * q_block]."""
     B, K, G, T, H = q_BKGTH.shape
-    bq, bk = plan.sizes.blocks.q_forward, plan.sizes.blocks.k_forward
+    bq, bk, heads = plan.sizes.blocks.q_forward, plan.sizes.blocks.k_forward, plan.heads
     kinds = ready.forward_rows.shape[2]
-    queries = _spec((None, None, G, bq, H), lambda h, b, i, j: (b, h, 0, i, 0))
-    keys = _spec((None, None, bk, H), lambda h, b, i, j: (b, h, j, 0))
-    rows = _spec((None, None, kinds, G * bq), lambda h, b, i, j: (b, i, 0, 0))
-    norms = _spec((None, None, None, 1, G * bq), lambda h, b, i, j: (b, h, i, 0, 0))
-    outputs = [
+    specs = _specs(heads, G, H, bq, bk, kinds)
+    shapes = [
         jax.ShapeDtypeStruct(q_BKGTH.shape, q_BKGTH.dtype),
         jax.ShapeDtypeStruct((B, K, T // bq, 1, G * bq), jnp.float32),
     ]
-    scratch = [pltpu.VMEM(shape, jnp.float32) for shape in ((1, G * bq), (1, G * bq), (H, G * bq))]
-    body = partial(_forward_kernel, scale=plan.scale)
-    specs = ([queries, keys, keys, rows], [queries, norms])
+    kept = ((kinds, bq, LANES), (heads, G * bq, LANES), (heads, G * bq, LANES), (heads, G * bq, H))
+    scratch = [pltpu.VMEM(shape, jnp.float32) for shape in kept]
+    inputs, outputs = [specs.queries, specs.keys, specs.keys, specs.rows], ([specs.queries, specs.stats], shapes)
     arrays = (q_BKGTH, k_BKTH, v_BKTH, ready.forward_rows)
-    return _call(body, plan, ready.forward, K, 2, specs, outputs, scratch, arrays, "attention_forward")
+    return _call(_forward_kernel, plan, ready.forward, 2, inputs, outputs, scratch, arrays, "attention_forward")
 
 
-def _backward(plan: _Plan, q_BKGTH, dout_BKGTH, k_BKTH, v_BKTH, rows, todo: Work) -> tuple[jax.Array, ...]:
-    """Gradients of q, k and v; `rows` [B, K, blocks, 4 or 6, G * q_block]."""
-    B, K, G, T, H = q_BKGTH.shape
-    bq, bk, chunk = plan.sizes.blocks.q_backward, plan.sizes.blocks.k_backward, plan.sizes.chunk
-    queries = _spec((None, None, G, bq, H), lambda h, b, i, j: (b, h, 0, i, 0))
-    keys = _spec((None, None, bk, H), lambda h, b, i, j: (b, h, j, 0))
-    info = _spec((None, None, None, *rows.shape[3:]), lambda h, b, i, j: (b, h, i, 0, 0))
-    held = _spec((None, None, G, chunk, H), lambda h, b, i, j: (b, h, 0, jax.lax.div(i, chunk // bq), 0))
-    left = (plan.partials, 2, T, H) if chunk < T else (1, 2, 8, 128)
-    outputs = [
-        jax.ShapeDtypeStruct(k_BKTH.shape, k_BKTH.dtype),
-        jax.ShapeDtypeStruct(v_BKTH.shape, v_BKTH.dtype),
-        jax.ShapeDtypeStruct(q_BKGTH.shape, q_BKGTH.dtype),
-        jax.ShapeDtypeStruct(left, jnp.float32),
-    ]
-    scratch = [pltpu.VMEM(shape, jnp.float32) for shape in ((G, chunk, H), (2, bk, H))]
-    specs = ([queries, queries, keys, keys, info], [keys, keys, held, pl.BlockSpec(memory_space=pl.ANY)])
-    arrays = (q_BKGTH, dout_BKGTH, k_BKTH, v_BKTH, rows)
-    body = partial(_backward_kernel, plan=plan)
+def _backward(plan: _Plan, q_BKGTH, dout_BKGTH, k_BKTH, v_BKTH, norms, deltas, ready: Prepared) -> tuple[jax.Array, ...]:
+    """Gradients of q, k and v; norms and deltas [B, K, blocks, 1, G * q_block]."""
+    _, _, G, T, H = q_BKGTH.shape
+    bq, bk, chunk, heads = plan.sizes.blocks.q_backward, plan.sizes.blocks.k_backward, plan.sizes.chunk, plan.heads
+    specs = _specs(heads, G, H, bq, bk, ready.backward_rows.shape[2])
+    held = _spec((None, heads, G, chunk, H), lambda h, b, i, j: (b, h, 0, jax.lax.div(i, chunk // bq), 0))
+    left = (plan.partials, 2, heads, T, H) if chunk < T else (1, 1, 1, 8, LANES)
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k_BKTH, v_BKTH, q_BKGTH)]
+    outputs = (
+        [specs.keys, specs.keys, held, pl.BlockSpec(memory_space=pl.ANY)],
+        [*shapes, jax.ShapeDtypeStruct(left, jnp.float32)],
+    )
+    scratch = [pltpu.VMEM(shape, jnp.float32) for shape in ((heads, G, chunk, H), (2, heads, bk, H))]
     scratch.append(pltpu.SemaphoreType.DMA(()))
-    dk, dv, dq, _ = _call(body, plan, todo, K, 5, specs, outputs, scratch, arrays, "attention_backward")
-    return dq, dk, dv
+    inputs = [specs.queries, specs.queries, specs.keys, specs.keys, specs.stats, specs.stats, specs.rows]
+    arrays = (q_BKGTH, dout_BKGTH, k_BKTH, v_BKTH, norms, deltas, ready.backward_rows)
+    done = _call(_backward_kernel, plan, ready.backward, 5, inputs, outputs, scratch, arrays, "attention_backward")
+    return done[2], done[0], done[1]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -372,17 +453,22 @@ def _fwd(plan, q_BKGTH, k_BKTH, v_BKTH, ready):
     return out_BKGTH, (q_BKGTH, k_BKTH, v_BKTH, ready, out_BKGTH, norms)
 
 
+def _blocked(x_BKGT: jax.Array, bq: int) -> jax.Array:
+    B, K, G, T = x_BKGT.shape
+    return x_BKGT.reshape(B, K, G, T // bq, bq).swapaxes(2, 3).reshape(B, K, T // bq, 1, G * bq)
+
+
 def _bwd(plan, saved, dout_BKGTH):
     q_BKGTH, k_BKTH, v_BKTH, ready, out_BKGTH, norms = saved
-    B, K, G, T, _ = q_BKGTH.shape
-    bq, before = plan.sizes.blocks.q_backward, plan.sizes.blocks.q_forward
+    blocks = plan.sizes.blocks
     # rowsum(dO * O) equals rowsum(P * dP), algorithm 2, line 4
     delta_BKGT = jnp.einsum("BKGTH,BKGTH->BKGT", dout_BKGTH, out_BKGTH, preferred_element_type=jnp.float32)
-    norms = norms.reshape(B, K, T // before, G, before).swapaxes(2, 3).reshape(delta_BKGT.shape)
-    stats = jnp.stack([norms, delta_BKGT], 2).reshape(B, K, 2, G, T // bq, bq).transpose(0, 1, 4, 2, 3, 5)
-    seen = jnp.broadcast_to(ready.backward_rows[:, None], (B, K, *ready.backward_rows.shape[1:]))
-    rows = jnp.concatenate([stats.reshape(B, K, T // bq, 2, G * bq), seen], 3)
-    dq, dk, dv = _backward(plan, q_BKGTH, dout_BKGTH, k_BKTH, v_BKTH, rows, ready.backward)
+    if blocks.q_forward != blocks.q_backward:
+        B, K, G, T = delta_BKGT.shape
+        norms = norms.reshape(B, K, T // blocks.q_forward, G, blocks.q_forward).swapaxes(2, 3).reshape(B, K, G, T)
+        norms = _blocked(norms, blocks.q_backward)
+    deltas = _blocked(delta_BKGT, blocks.q_backward)
+    dq, dk, dv = _backward(plan, q_BKGTH, dout_BKGTH, k_BKTH, v_BKTH, norms, deltas, ready)
     return dq, dk, dv, None
 
 

@@ -1,6 +1,7 @@
 """Block sizes of the TPU attention kernel, by chip and shape, with where each number comes from."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,13 +12,15 @@ from maxi.kernels.attention.work import most
 from maxi.kernels.platform import device, platform
 
 LANES = 128
-"""Key blocks, and query blocks times the heads of a group, are multiples of this."""
+"""All blocks are multiples of this."""
 STACKED, KEYS = 512, 512
 """Queries times heads of a group, and keys, in a tile where the table has no entry."""
 CHIPS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}
 VMEM_MIB = {"v5e": 64, "v5p": 48, "v6e": 64}
 """What the kernels may take of a core's vector memory (128, 64 and 128 MiB); other chips are taken to have `LEAST_MIB`."""
 LEAST_MIB = 14
+HEADS = 4
+"""Most key heads in a step."""
 SMEM_BYTES = 768 << 10
 """What a work list may take of a core's scalar memory (1 MiB on all of them)."""
 
@@ -56,6 +59,11 @@ def chip() -> tuple[str, int]:
     return CHIPS.get(getattr(found, "device_kind", ""), ""), getattr(found, "num_cores", None) or 1
 
 
+def _wanted(name: str, G: int, H: int) -> Blocks:
+    queries = max(LANES, STACKED // G // LANES * LANES)
+    return TABLE.get((name, G, H), Blocks(queries, KEYS, queries, KEYS))
+
+
 def _even(length: int, block: int) -> int:
     """The block of at most `block` that cuts `length` into its fewest blocks with the least padding."""
     count = -(-length // block)
@@ -67,34 +75,41 @@ def _divisor(length: int, block: int, unit: int) -> int:
     return max((size for size in range(unit, block + 1, unit) if length % size == 0), default=unit)
 
 
-def _entries(call: Any) -> tuple[Blocks, str, int]:
-    name, cores = chip()
-    G = call.N // call.K
-    queries = max(LANES // math.gcd(G, LANES), STACKED // G)
-    return TABLE.get((name, G, call.H), Blocks(queries, KEYS, queries, KEYS)), name, cores
+def choose(call: Any, name: str | None = None, blocks: Sequence[int] | None = None) -> Sizes | None:
+    """Sizes for `maxi.kernels.attention.Call`, for the chip and with the blocks given or else found; None where no work list
+    that fits is possible.
 
-
-def choose(call: Any) -> Sizes | None:
-    """Sizes for `maxi.kernels.attention.Call`; None where no work list that fits is possible."""
-    wanted, name, cores = _entries(call)
+    They depend on N / K and not on either, so they are the same for the whole model and for a device's heads.
+    """
+    found, cores = chip()
+    name = found if name is None else name
+    wanted = Blocks(*blocks) if blocks else _wanted(name, call.N // call.K, call.H)
     G, B = call.N // call.K, call.B // sharding.shards("B")
     vmem = VMEM_MIB.get(name, LEAST_MIB) << 20
     for grown in (1, 2, 4):
         keys = _even(call.T, max(wanted.k_forward, wanted.k_backward) * grown)
         T = -(-call.T // keys) * keys
-        unit = max(16, LANES // math.gcd(G, LANES))
         k_forward, k_backward = (_divisor(T, k * grown, LANES) for k in (wanted.k_forward, wanted.k_backward))
-        q_forward, q_backward = (_divisor(T, q * grown, unit) for q in (wanted.q_forward, wanted.q_backward))
+        q_forward, q_backward = (_divisor(T, q * grown, LANES) for q in (wanted.q_forward, wanted.q_backward))
         blocks = Blocks(q_forward, k_forward, q_backward, k_backward)
         entries = [B * most(T, q, k) for q, k in ((q_forward, k_forward), (q_backward, k_backward))]
         if 8 * max(entries) <= SMEM_BYTES:
-            return Sizes(blocks, T, _chunk(call, blocks, T, vmem), *entries, vmem, cores)
+            return Sizes(blocks, T, _chunk(G, call.H, call.dtype, blocks, T, vmem), *entries, vmem, cores)
     return None
 
 
-def _chunk(call: Any, blocks: Blocks, T: int, vmem: int) -> int:
+def _most_heads(blocks: Blocks, G: int) -> int:
+    return max(1, min(HEADS, HEADS * STACKED // (G * max(blocks.q_forward, blocks.q_backward))))
+
+
+def heads(sizes: Sizes, G: int, K: int) -> int:
+    """How many of a device's K key heads one step does: no more than is worth its code, and some for every core."""
+    most = min(_most_heads(sizes.blocks, G), max(1, K // sizes.cores))
+    return max(n for n in range(1, most + 1) if K % n == 0)
+
+
+def _chunk(G: int, H: int, dtype: Any, blocks: Blocks, T: int, vmem: int) -> int:
     """As many queries as have room for their gradients, float32 and, twice, as they are written; whole blocks, all equal."""
-    unit = math.lcm(blocks.q_backward, blocks.k_backward)
-    width = -(-call.H // LANES) * LANES * call.N // call.K
-    room = vmem // 2 // (width * (4 + 2 * jnp.dtype(call.dtype).itemsize))
-    return _divisor(T, room, unit)
+    width = _most_heads(blocks, G) * G * -(-H // LANES) * LANES
+    room = vmem // 2 // (width * (4 + 2 * jnp.dtype(dtype).itemsize))
+    return _divisor(T, room, math.lcm(blocks.q_backward, blocks.k_backward))

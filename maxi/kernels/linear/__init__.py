@@ -1,7 +1,7 @@
 """A weight applied to activations: the matmul of every projection in a layer.
 
-    reference.py   the definition, one einsum; what accelerators run
-    cpu.py         XLA on CPU: matrices, float32 results, and gradients in the forms that are fast there
+reference.py   the definition, one einsum; what accelerators run
+cpu.py         XLA on CPU: matrices, float32 results, and gradients in the forms that are fast there
 """
 
 import jax

@@ -8,7 +8,6 @@ and was never rounded in between.
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 
 from maxi.kernels.cpu import dot, dot_of_rows
 from maxi.kernels.cpu import why_not as why_not

@@ -27,13 +27,28 @@ def _outputs(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, j
     return target_BT - norm_BT, norm_BT
 
 
-def _gradients(logits_BTV, h_BTD, w_VD, targets_BT, norm_BT, dlogprob_BT, dnorm_BT):
+def _gradients(n, logits_BTV, h_BTD, w_VD, targets_BT, norm_BT, dlogprob_BT, dnorm_BT):
+    """Of h and w; that of w is in `n` parts, one for each device that T is split over (see `_nothing`)."""
     p_BTV = jnp.exp(logits_BTV - norm_BT[..., None])
     dz = (dnorm_BT - dlogprob_BT)[..., None] * p_BTV
     dz_BTV = jnp.where(_onehot(targets_BT, w_VD.shape[0]), dz + dlogprob_BT[..., None], dz).astype(h_BTD.dtype)
     dh_BTD = einsum("BTV,VD->BTD", dz_BTV, w_VD, preferred_element_type=jnp.float32)
-    dw_VD = jnp.einsum("BTV,BTD->VD", dz_BTV, h_BTD, preferred_element_type=jnp.float32)
-    return dh_BTD.astype(h_BTD.dtype), dw_VD
+    if n == 1:
+        dw = jnp.einsum("BTV,BTD->VD", dz_BTV, h_BTD, preferred_element_type=jnp.float32)
+    else:
+        dz_BCTV, h_BCTD = (a.reshape(a.shape[0], n, -1, a.shape[-1]) for a in (dz_BTV, h_BTD))
+        dw = jnp.einsum("BCTV,BCTD->CVD", dz_BCTV, h_BCTD, preferred_element_type=jnp.float32)
+    return dh_BTD.astype(h_BTD.dtype), dw
+
+
+def _nothing(n: int, w_VD: jax.Array) -> jax.Array:
+    """The gradient of w before the first slice. With T split over n > 1 devices it is [n, V, D], so that they are added
+    up over the devices once and not slice by slice."""
+    return jnp.zeros(w_VD.shape if n == 1 else (n, *w_VD.shape), jnp.float32)
+
+
+def _whole(dw: jax.Array, w_VD: jax.Array) -> jax.Array:
+    return (dw if dw.ndim == 2 else dw.sum(0)).astype(w_VD.dtype)
 
 
 def parts(a_BT: jax.Array) -> int:
@@ -74,17 +89,18 @@ def _fwd(C, h_BTD, w_VD, targets_BT):
 def _bwd(C, saved, cotangents):
     h_BTD, w_VD, targets_BT, norm_BT, logits_BTV = saved
     if C == 1:
-        dh_BTD, dw_VD = _gradients(logits_BTV, h_BTD, w_VD, targets_BT, norm_BT, *cotangents)
-        return dh_BTD, dw_VD.astype(w_VD.dtype), None
+        dh_BTD, dw = _gradients(1, logits_BTV, h_BTD, w_VD, targets_BT, norm_BT, *cotangents)
+        return dh_BTD, _whole(dw, w_VD), None
+    n = parts(h_BTD)
 
-    def one(dw_VD, slice_):
+    def one(total, slice_):
         h, targets, norm, dlogprob, dnorm = slice_
-        dh, dw = _gradients(_logits(h, w_VD), h, w_VD, targets, norm, dlogprob, dnorm)
-        return dw_VD + dw, dh
+        dh, dw = _gradients(n, _logits(h, w_VD), h, w_VD, targets, norm, dlogprob, dnorm)
+        return total + dw, dh
 
     slices = _slices(C, h_BTD, targets_BT, norm_BT, *cotangents)
-    dw_VD, dh = jax.lax.scan(one, jnp.zeros(w_VD.shape, jnp.float32), slices)
-    return _joined(parts(h_BTD), dh), dw_VD.astype(w_VD.dtype), None
+    dw, dh = jax.lax.scan(one, _nothing(n, w_VD), slices)
+    return _joined(n, dh), _whole(dw, w_VD), None
 
 
 run.defvjp(_fwd, _bwd)
@@ -96,7 +112,7 @@ def cross_entropy(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `maxi.kernels.logprobs.cross_entropy`; `C` slices as in `run`. The gradient is found together with the value,
     slice by slice, so that no logit is kept or computed twice."""
-    logprob_BT, norm_BT = run(C, h_BTD, w_VD, targets_BT)
+    (logprob_BT, norm_BT), _ = _fwd(C, h_BTD, w_VD, targets_BT)
     return _sums(z_loss, logprob_BT, norm_BT, weight_BT)
 
 
@@ -106,21 +122,23 @@ def _sums(z_loss, logprob_BT, norm_BT, weight_BT):
 
 
 def _cross_entropy_fwd(C, z_loss, h_BTD, w_VD, targets_BT, weight_BT):
-    def one(dw_VD, slice_):
+    n = parts(h_BTD) if C > 1 else 1
+
+    def one(total, slice_):
         h, targets, weight = slice_
         logits = _logits(h, w_VD)
         logprob, norm = _outputs(logits, targets)
-        dh, dw = _gradients(logits, h, w_VD, targets, norm, -weight, 2 * z_loss * norm * weight)
-        return dw_VD + dw, (dh, logprob, norm)
+        dh, dw = _gradients(n, logits, h, w_VD, targets, norm, -weight, 2 * z_loss * norm * weight)
+        return total + dw, (dh, logprob, norm)
 
     slices = _slices(C, h_BTD, targets_BT, weight_BT)
     if C == 1:
-        dw_VD, outs = one(jnp.zeros((), jnp.float32), tuple(a[0] for a in slices))
+        dw, outs = one(jnp.zeros((), jnp.float32), tuple(a[0] for a in slices))
         dh_BTD, logprob_BT, norm_BT = outs
     else:
-        dw_VD, outs = jax.lax.scan(one, jnp.zeros(w_VD.shape, jnp.float32), slices)
-        dh_BTD, logprob_BT, norm_BT = (_joined(parts(h_BTD), a) for a in outs)
-    return _sums(z_loss, logprob_BT, norm_BT, weight_BT), (dh_BTD, dw_VD.astype(w_VD.dtype))
+        dw, outs = jax.lax.scan(one, _nothing(n, w_VD), slices)
+        dh_BTD, logprob_BT, norm_BT = (_joined(n, a) for a in outs)
+    return _sums(z_loss, logprob_BT, norm_BT, weight_BT), (dh_BTD, _whole(dw, w_VD))
 
 
 def _cross_entropy_bwd(C, z_loss, saved, cotangents):

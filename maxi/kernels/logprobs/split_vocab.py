@@ -18,6 +18,9 @@ from jax import lax
 
 from maxi import fsdp
 
+EXPONENT = 60.0
+"""Logits within plus and minus this are summed without subtracting the largest: V exp(70) and exp(-60) are float32."""
+
 
 class _Rows(NamedTuple):
     """Rows of all devices, and what is known of each."""
@@ -41,8 +44,23 @@ def _hits(targets_B: jax.Array, w_VD: jax.Array) -> jax.Array:
 def _logits(rows: _Rows, w_VD: jax.Array) -> tuple[jax.Array, jax.Array]:
     """This device's logits [B, V] of the rows of all, and their log-normaliser [B] over the whole vocabulary."""
     logits_BV = jnp.einsum("BD,VD->BV", rows.h_BD, w_VD, preferred_element_type=jnp.float32)
-    norms_CB = lax.all_gather(jax.nn.logsumexp(logits_BV, axis=-1), fsdp.AXIS)
-    return logits_BV, jax.nn.logsumexp(norms_CB, axis=0)
+    return logits_BV, jax.nn.logsumexp(lax.all_gather(_log_sum(logits_BV), fsdp.AXIS), axis=0)
+
+
+def _log_sum(logits_BV: jax.Array) -> jax.Array:
+    """log sum exp over the last dimension, exact for any logits.
+
+    As long as every sum stays within e^-60 and e^60, float32 holds it without subtracting the largest logit first, and
+    the sum is a by-product of the matmul that makes the logits. Only beyond that are they read once more.
+    """
+    peak_B = logits_BV.max(-1)
+    sum_B = jnp.exp(jnp.minimum(logits_BV, EXPONENT + 10.0)).sum(-1)
+    is_held = (peak_B < EXPONENT) & (peak_B > -EXPONENT)
+    return lax.cond(
+        is_held.all(),
+        lambda: jnp.log(sum_B),
+        lambda: peak_B + jnp.log(jnp.exp(logits_BV - peak_B[:, None]).sum(-1)),
+    )
 
 
 def _gradients(dz_BV: jax.Array, rows: _Rows, w_VD: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,7 +1,7 @@
 """RMSNorm: x / rms(x) * weight over the last dimension (Zhang and Sennrich, arXiv:1910.07467).
 
-    reference.py   the definition; XLA differentiates and fuses it
-    cpu.py         XLA on CPU: the backward pass written out
+reference.py   the definition; XLA differentiates and fuses it
+cpu.py         XLA on CPU: the backward pass written out
 """
 
 import jax

@@ -1,7 +1,7 @@
 """Queries and keys made ready for attention: each head normed where the model norms them, then rotated by its position.
 
-    reference.py   the definition; XLA differentiates and fuses it
-    tpu.py         the rotation as a matmul, both steps at once, the backward pass written out
+reference.py   the definition; XLA differentiates and fuses it
+tpu.py         the rotation as a matmul, both steps at once, the backward pass written out
 """
 
 import jax

@@ -1,7 +1,7 @@
 """SwiGLU: silu(gate) * up (Shazeer, arXiv:2002.05202).
 
-    reference.py   the definition; XLA differentiates and fuses it
-    cpu.py         XLA on CPU: the backward pass written out
+reference.py   the definition; XLA differentiates and fuses it
+cpu.py         XLA on CPU: the backward pass written out
 """
 
 import jax

@@ -1,0 +1,116 @@
+"""What a config computes at every step: model, objective, optimizer and the jitted step, without data or records.
+
+`train` runs it on rows; `bench` times it on made-up ones, or compiles it for hardware that is not here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from maxi import optim
+from maxi import step as steps
+from maxi.checkpoint import abstract_state
+from maxi.kernels.platform import platform
+from maxi.models import Model, decoder
+from maxi.models.decoder import UNROLL_AT_MOST, Compute
+from maxi.objectives import Objective
+from maxi.params import init
+from maxi.sections import ComputeConfig, OptimConfig
+from maxi.sharding import activation_spec
+from maxi.step import State
+
+
+@dataclass(frozen=True)
+class Program:
+    """The pieces of a step, put together. `rate` is the learning rate by step, `where` the shardings of the state."""
+
+    model: Model
+    objective: Objective
+    compute: Compute
+    devices: Mesh
+    rate: optax.Schedule
+    optimizer: optax.GradientTransformation
+    where: State
+    micro_batches: int
+    ema: float
+
+    def loss(self) -> tuple[steps.Loss, steps.Totals | None]:
+        """The objective over the model, and its totals where it has any."""
+        logprobs = decoder.Logprobs(self.model, self.compute)
+        totals = getattr(self.objective, "totals", None)
+        return partial(self.objective.loss, logprobs), partial(totals, logprobs) if totals else None
+
+    def step(self) -> Any:
+        """The jitted step, see `maxi.step.make_step`."""
+        loss, totals = self.loss()
+        return steps.make_step(
+            loss,
+            self.optimizer,
+            self.rate,
+            self.where,
+            totals=totals,
+            micro_batches=self.micro_batches,
+            ema=self.ema,
+        )
+
+    def new_state(self, params: Any) -> State:
+        """The state before the first step."""
+        return steps.new_state(params, self.optimizer, self.where, bool(self.ema))
+
+    def abstract_state(self) -> State:
+        """Shapes, dtypes and shardings of the state."""
+
+        def make() -> State:
+            return steps.make_state(init(self.model.table, jax.random.key(0)), self.optimizer, bool(self.ema))
+
+        return abstract_state(jax.eval_shape(make), self.where)
+
+    def abstract_batch(self, arrays: Mapping[str, Any], rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes, dtypes and shardings of a global batch of `rows` rows like this one, given by its arrays."""
+
+        def like(a: Any) -> jax.ShapeDtypeStruct:
+            sharding = NamedSharding(self.devices, activation_spec("BT"[: a.ndim + 1]))
+            return jax.ShapeDtypeStruct((rows, *a.shape), a.dtype, sharding=sharding)
+
+        return {name: like(a) for name, a in arrays.items()}
+
+
+def build(
+    model: Model,
+    objective: Objective,
+    compute: ComputeConfig,
+    optimizer: OptimConfig,
+    devices: Mesh,
+    total: int,
+    micro_batches: int,
+) -> Program:
+    """The program of a run of `total` steps on a mesh of `devices`, every `auto` decided."""
+    rate = optim.schedule(optimizer, total)
+    update = optim.optimizer(optimizer, model.table, rate)
+    return Program(
+        model=model,
+        objective=objective,
+        compute=choose_compute(compute, model),
+        devices=devices,
+        rate=rate,
+        optimizer=update,
+        where=steps.state_shardings(model.table, update, devices, bool(optimizer.ema)),
+        micro_batches=micro_batches,
+        ema=optimizer.ema,
+    )
+
+
+def choose_compute(wanted: ComputeConfig, model: Model) -> Compute:
+    """The compute section, every `auto` decided by what the program is compiled for."""
+    on_cpu = platform() == "cpu"
+    auto = jnp.float32 if on_cpu else jnp.bfloat16
+    dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "auto": auto}[wanted.dtype]
+    remat = wanted.remat if wanted.remat != "auto" else "none" if on_cpu else "full"
+    unroll = wanted.layers == "unroll" or (wanted.layers == "auto" and on_cpu and len(model.layers) <= UNROLL_AT_MOST)
+    return Compute(dtype, remat, unroll, wanted.attention, wanted.head)
