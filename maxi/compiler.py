@@ -1,16 +1,18 @@
 """Options that the step is compiled with, by platform, each with its reason and what it was measured to do."""
 
-OPTIONS: dict[str, dict[str, str]] = {
-    "tpu": {
-        # Gradients travel as all-to-alls (see `maxi.fsdp`); by default those block. Qwen3-0.6B's step on 16 v5e: -15 ms.
-        "xla_tpu_enable_async_all_to_all": "true",
-        # Room on the chip for larger fusions around matmuls; the default is 16 MiB of 128. The same step: -14 ms.
-        "xla_tpu_scoped_vmem_limit_kib": "32768",
-    },
-}
-"""Platform -> XLA's options. None changes a result."""
+from collections.abc import Mapping
 
 
-def options(platform: str) -> dict[str, str] | None:
-    """What to give `jax.jit` as `compiler_options` for the step."""
-    return OPTIONS.get(platform)
+def options(platform: str, mesh: Mapping[str, int]) -> dict[str, str] | None:
+    """What to give `jax.jit` as `compiler_options` for a step on a mesh of these sizes. None changes a result."""
+    if platform != "tpu":
+        return None
+    # Room on the chip for larger fusions around matmuls; the default is 16 MiB of 128. Qwen3-0.6B's step on 16 v5e: -14 ms.
+    chosen = {"xla_tpu_scoped_vmem_limit_kib": "32768"}
+    # Gathers run beside the computation on a v5e by themselves, on a v5p only when told: 153 instead of 161 ms on 64 of them.
+    chosen["xla_enable_async_all_gather"] = "true"
+    if all(size == 1 for axis, size in mesh.items() if axis != "fsdp"):
+        # Gradients travel as all-to-alls (see `maxi.fsdp`), which block by default. The same step: -15 ms. The compiler
+        # refuses it for groups of some of a slice's chips ("limited ICI").
+        chosen["xla_tpu_enable_async_all_to_all"] = "true"
+    return chosen

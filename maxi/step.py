@@ -122,7 +122,8 @@ def make_step(
         }
         return kept.replace(step=state.step + 1), metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(where, None), compiler_options=compiler.options(platform()))
+    options = compiler.options(platform(), jax.sharding.get_abstract_mesh().shape)
+    return jax.jit(step, donate_argnums=0, out_shardings=(where, None), compiler_options=options)
 
 
 def with_totals(totals: Totals | None, params: Tree, batch: Batch) -> Batch:
