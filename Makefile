@@ -1,12 +1,14 @@
 # make quickstart   sets everything up and takes text to a model that transformers loads, in minutes on a CPU
 # make test         sets everything up and runs all checks and tests
+# make gpu-compile  compiles the GPU kernels for an H100, without one; needs Python 3.12 and 5 GB for CUDA's packages
 
 PYTHON ?= python3
+GPU_PYTHON ?= python3.12
 VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= configs/quickstart.yaml
 
-.PHONY: quickstart test check format install clean
+.PHONY: quickstart test check format install gpu-compile clean
 
 quickstart: $(VENV)/.lean
 	$(BIN)/maxi quickstart $(CONFIG)
@@ -26,6 +28,14 @@ format: $(VENV)/.test
 
 install: $(VENV)/.lean
 
+gpu-compile: $(VENV)-gpu/.cuda
+	$(VENV)-gpu/bin/python tests/peers/gpu_compile.py
+
+$(VENV)-gpu/.cuda: pyproject.toml
+	$(GPU_PYTHON) -m venv $(VENV)-gpu
+	$(VENV)-gpu/bin/python -m pip install --quiet --editable '.[cuda13]' nvidia-cuda-nvdisasm
+	touch $@
+
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "maxi needs Python 3.11 or later, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
@@ -40,4 +50,4 @@ $(VENV)/.test: pyproject.toml | $(BIN)/python
 	touch $@ $(VENV)/.lean
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(VENV)-gpu runs .pytest_cache .ruff_cache .import_linter_cache

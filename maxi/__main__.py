@@ -76,6 +76,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--out", metavar="FILE.html", help="default: RUN/report.html, for several runs ./report.html")
     command.add_argument("--png", metavar="DIR", help="folder for the curves as PNG (default: FILE_files, beside it)")
 
+    _add_bench(add("bench", "time kernels, or a config's training step, on the devices that are here", None))
+
     command = add("tokenizer", "train a byte-level BPE tokenizer of Qwen2's kind", _tokenizer)
     command.add_argument("files", metavar="FILES", nargs="+", help="sources, as data.train takes them")
     command.add_argument("--vocab-size", type=int, required=True, help="ids in all, special tokens included")
@@ -111,6 +113,33 @@ def _add_chat(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", metavar="MODEL", help="a run folder or a Hugging Face folder, with a chat template")
     command.add_argument("--system", metavar="TEXT", help="what the model is told first")
     _add_sampling(command, max_new_tokens=512, temperature=0.7, top_p=0.9)
+
+
+def _add_bench(command: argparse.ArgumentParser) -> None:
+    kinds = command.add_subparsers(
+        dest="bench", metavar="WHAT", required=True, parser_class=_Parser, help="what to time: kernels or step"
+    )
+
+    def add(name: str, what: str, run: object) -> argparse.ArgumentParser:
+        kind = kinds.add_parser(name, help=what, description=what)
+        kind.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        kind.add_argument("--json", metavar="OUT", help="write the figures to this file too")
+        kind.set_defaults(run=run)
+        return kind
+
+    kind = add("kernels", "every operation by every backend that runs here, beside jax's own", _bench_kernels)
+    kind.add_argument("--only", metavar="NAME", nargs="+", help="of attention, head, linear, norm, swiglu, rotary")
+    kind.add_argument(
+        "--shape", metavar="LETTER=SIZE", nargs="+", help="one shape for all, e.g. T=8192 N=14 K=2 H=64 documents=512"
+    )
+    kind.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16, on CPU float32")
+    kind = add("step", "the step that train would take, on made-up rows", _bench_step)
+    kind.add_argument("config", metavar="CONFIG.yaml", help="the configuration, as for train; no data is read")
+    kind.add_argument("overrides", metavar="key=value", nargs="*", help="as for train")
+    kind.add_argument("--steps", type=int, default=10, help="how many to time (default: 10)")
+    kind.add_argument("--document-tokens", type=int, default=512, help="mean length of made-up items (default: 512)")
+    kind.add_argument("--topology", metavar="NAME", help="compile for these TPUs, e.g. v5e:4x4, and run nothing")
+    kind.add_argument("--dump-hlo", metavar="DIR", help="write the optimized program and its memory into this folder")
 
 
 def _add_sampling(command: argparse.ArgumentParser, max_new_tokens: int, temperature: float, top_p: float) -> None:
@@ -186,9 +215,9 @@ def _convert(args: argparse.Namespace) -> None:
 
 def _eval(args: argparse.Namespace) -> None:
     from maxi.evaluate import run_eval
-    from maxi.runtime import keep_compiled_programs
+    from maxi.runtime import set_up
 
-    keep_compiled_programs()
+    set_up()
     run_eval(
         args.model,
         args.data,
@@ -207,17 +236,17 @@ def _eval(args: argparse.Namespace) -> None:
 
 def _generate(args: argparse.Namespace) -> None:
     from maxi.chat import run_generate
-    from maxi.runtime import keep_compiled_programs
+    from maxi.runtime import set_up
 
-    keep_compiled_programs()
+    set_up()
     run_generate(args.model, args.prompt, _sampling(args), chat=args.chat, system=args.system, out=sys.stdout)
 
 
 def _chat(args: argparse.Namespace) -> None:
     from maxi.chat import run_chat
-    from maxi.runtime import keep_compiled_programs
+    from maxi.runtime import set_up
 
-    keep_compiled_programs()
+    set_up()
     run_chat(args.model, _sampling(args), system=args.system, source=sys.stdin, out=sys.stdout)
 
 
@@ -232,6 +261,26 @@ def _report(args: argparse.Namespace) -> None:
     from maxi.report import report
 
     print(report(args.runs, args.out, png=args.png))
+
+
+def _bench_kernels(args: argparse.Namespace) -> None:
+    from maxi.bench.kernels import bench_kernels
+
+    bench_kernels(only=args.only, shape=args.shape, dtype=args.dtype, json_out=args.json)
+
+
+def _bench_step(args: argparse.Namespace) -> None:
+    from maxi.bench.step import bench_step
+    from maxi.config import load
+
+    bench_step(
+        load(args.config, args.overrides),
+        timed_steps=args.steps,
+        document_tokens=args.document_tokens,
+        topology=args.topology,
+        dump_hlo=args.dump_hlo,
+        json_out=args.json,
+    )
 
 
 def _tokenizer(args: argparse.Namespace) -> None:
@@ -288,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in argv
     try:
         args = _parse(argv)
-        _set_up_logging(logging.INFO if args.run in (_train, _quickstart) else logging.WARNING)
+        _set_up_logging(logging.INFO if args.run in (_train, _quickstart, _bench_step) else logging.WARNING)
         args.run(args)
     except KeyboardInterrupt:
         print("maxi: interrupted", file=sys.stderr)

@@ -16,11 +16,12 @@ from jax.sharding import Mesh, NamedSharding
 from maxi import optim
 from maxi import step as steps
 from maxi.checkpoint import abstract_state
+from maxi.errors import ConfigError
 from maxi.kernels.platform import platform
 from maxi.models import Model, decoder
 from maxi.models.decoder import UNROLL_AT_MOST, Compute
 from maxi.objectives import Objective
-from maxi.params import init
+from maxi.params import init, shardings
 from maxi.sections import ComputeConfig, OptimConfig
 from maxi.sharding import activation_spec
 from maxi.step import State
@@ -104,6 +105,22 @@ def build(
         micro_batches=micro_batches,
         ema=optimizer.ema,
     )
+
+
+def check_sizes(model: Model, devices: Mesh, batch_size: int, seq_len: int, micro_batches: int) -> None:
+    """Sizes that must fit each other. Raises ConfigError."""
+    if seq_len > model.rope.max_position:
+        what = f"seq_len {seq_len} is over the model's max_position_embeddings {model.rope.max_position}"
+        raise ConfigError(what, "seq_len", "lower it, or set model.config.max_position_embeddings (and rope_scaling)")
+    parts = devices.shape["replica"] * devices.shape["fsdp"] * micro_batches
+    if batch_size % parts:
+        what = f"batch_size {batch_size} does not divide into {parts}, mesh.replica x mesh.fsdp x micro_batches"
+        raise ConfigError(what, "batch_size", f"make it a multiple of {parts}")
+    chunks = 2 * devices.shape["context"]
+    if chunks > 2 and seq_len % chunks:
+        what = f"seq_len {seq_len} does not divide into {chunks}, 2 x mesh.context"
+        raise ConfigError(what, "seq_len", f"make it a multiple of {chunks}")
+    shardings(model.table, devices)
 
 
 def choose_compute(wanted: ComputeConfig, model: Model) -> Compute:

@@ -37,10 +37,10 @@ from maxi.metrics import Recorder, process_memory
 from maxi.models import Model
 from maxi.models.sampling import Sampling
 from maxi.objectives import Objective
-from maxi.params import count, init, shardings
+from maxi.params import count, init
 from maxi.program import Program
 from maxi.run import Run, claim, record, truncate_after, write_whole
-from maxi.runtime import keep_compiled_programs
+from maxi.runtime import set_up
 from maxi.signals import StopRequest
 from maxi.step import State
 from maxi.watch import Watch, too_small_for_bf16
@@ -108,7 +108,7 @@ def train(config: Config) -> Summary:
 def _prepare(config: Config, run: Run) -> Job:
     """All pieces; everything that can be known to fail without compiling fails here."""
     objective = objectives.build(**asdict(config.objective))
-    keep_compiled_programs()
+    set_up()
     devices = mesh.build(config.mesh)
     log.info("devices: %s", mesh.describe(devices))
     tokenizer, model = _tokenizer_and_model(config)
@@ -277,18 +277,7 @@ def _check_fit(config: Config, tokenizer: Tokenizer, model: Model, devices: Mesh
     if tokenizer.vocab_size > model.vocab_size:
         what = f"the tokenizer has {tokenizer.vocab_size:,} ids but the model {model.vocab_size:,}"
         raise ConfigError(what, "model.config.vocab_size", "raise it, or take the model's own tokenizer")
-    if config.seq_len > model.rope.max_position:
-        what = f"seq_len {config.seq_len} is over the model's max_position_embeddings {model.rope.max_position}"
-        raise ConfigError(what, "seq_len", "lower it, or set model.config.max_position_embeddings (and rope_scaling)")
-    parts = devices.shape["replica"] * devices.shape["fsdp"] * config.micro_batches
-    if config.batch_size % parts:
-        what = f"batch_size {config.batch_size} does not divide into {parts}, mesh.replica x mesh.fsdp x micro_batches"
-        raise ConfigError(what, "batch_size", f"make it a multiple of {parts}")
-    chunks = 2 * devices.shape["context"]
-    if chunks > 2 and config.seq_len % chunks:
-        what = f"seq_len {config.seq_len} does not divide into {chunks}, 2 x mesh.context"
-        raise ConfigError(what, "seq_len", f"make it a multiple of {chunks}")
-    shardings(model.table, devices)
+    program.check_sizes(model, devices, config.batch_size, config.seq_len, config.micro_batches)
 
 
 def _announce(job: Job) -> None:

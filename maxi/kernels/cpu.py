@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from maxi.kernels.platform import platform
-from maxi.sharding import ACTIVATIONS, shards
+from maxi.sharding import ACTIVATIONS, einsum, shards
 
 
 def why_not() -> str | None:
@@ -43,6 +43,24 @@ def dot_of_rows(a: jax.Array, b: jax.Array) -> jax.Array:
     if a.dtype == jnp.bfloat16 and multiplies_bfloat16(_cpu_info()) and a.shape[0] % 2 == 0:
         return dot("cnk,cnm->km", *(x.reshape(2, -1, x.shape[1]) for x in (a, b)))
     return dot("nk,nm->km", a, b)
+
+
+def product(pattern: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """`sharding.einsum` with a float32 result, by `dot` where that is allowed."""
+    return dot(pattern, a, b) if why_not() is None else einsum(pattern, a, b, preferred_element_type=jnp.float32)
+
+
+def product_of_rows(a_BTV: jax.Array, b_BTD: jax.Array) -> jax.Array:
+    """The float32 sum over B and T, [V, D], by `dot_of_rows` where that is allowed."""
+    if why_not() is None:
+        return dot_of_rows(*(x.reshape(-1, x.shape[-1]) for x in (a_BTV, b_BTD)))
+    return jnp.einsum("BTV,BTD->VD", a_BTV, b_BTD, preferred_element_type=jnp.float32)
+
+
+def computed_once(x: jax.Array) -> jax.Array:
+    """x itself, through a dot with ones on the diagonal: XLA:CPU would else compute it anew wherever it is used, in
+    every layer and for every head, and drops optimization barriers before it fuses."""
+    return x if why_not() else dot("...d,dk->...k", x, jnp.eye(x.shape[-1], dtype=x.dtype)).astype(x.dtype)
 
 
 def multiplies_bfloat16(info: str) -> bool:

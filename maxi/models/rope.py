@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maxi.errors import ModelFolderError
+from maxi.kernels.cpu import computed_once
 from maxi.models.hf_config import HfConfig, check_number
 
 _KEYS = {
@@ -96,7 +97,7 @@ def cos_sin(rope: Rope, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     inverse, scale = _inverse_frequencies(rope, positions_BT)
     angles = positions_BT[..., None].astype(jnp.float32) * inverse
     angles = jnp.concatenate([angles, angles], axis=-1)
-    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+    return computed_once(jnp.cos(angles) * scale), computed_once(jnp.sin(angles) * scale)
 
 
 def _inverse_frequencies(rope: Rope, positions_BT: jax.Array) -> tuple[Any, float]:

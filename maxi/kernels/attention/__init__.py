@@ -44,7 +44,7 @@ class Call(NamedTuple):
 BACKENDS = (
     Backend("tpu", tpu.run, tpu.why_not, tpu.prepare),
     Backend("gpu", gpu.run, gpu.why_not, gpu.prepare),
-    Backend("blockwise", blockwise.run, blockwise.why_not),
+    Backend("blockwise", blockwise.run, blockwise.why_not, blockwise.prepare),
     Backend("ring", ring.run, ring.why_not),
     Backend("reference", reference.run, reference.why_not),
     Backend("cudnn", cudnn.run, cudnn.why_not),  # behind what runs everything: by name only

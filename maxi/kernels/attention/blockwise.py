@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from maxi.kernels.attention.reference import MASKED
-from maxi.kernels.attention.spans import Spans, spans
+from maxi.kernels.attention.spans import NEVER, Spans, spans
 from maxi.kernels.cpu import dot
 from maxi.kernels.platform import platform
 from maxi.sharding import local, shards
@@ -38,12 +38,17 @@ def why_not(call: Any) -> str | None:
     return None
 
 
+def prepare(call: Any, positions_BT: jax.Array, segments_BT: jax.Array, contexts_BT: jax.Array | None) -> Spans:
+    return spans(positions_BT, segments_BT, contexts_BT, call.window)
+
+
 def run(q_BTNH, k_BSKH, v_BSKH, q_positions, k_positions, q_segments, k_segments, *, q_contexts, window, scale, prepared):
     """See `maxi.kernels.attention.attention`."""
-    del k_positions, k_segments, prepared  # T == S: queries and keys are the same tokens
-    places = (q_positions, q_segments) if q_contexts is None else (q_positions, q_segments, q_contexts)
-    inputs = ("BTNH", "BTKH", "BTKH", *("BT" for _ in places))
-    return local(partial(_run, window, scale), inputs, "BTNH")(q_BTNH, k_BSKH, v_BSKH, *places)
+    del k_positions, k_segments  # T == S: queries and keys are the same tokens
+    seen = spans(q_positions, q_segments, q_contexts, window) if prepared is None else prepared
+    places = [a for a in seen if a is not None]
+    letters = ("BTNH", "BTKH", "BTKH", *("BT" for _ in places))
+    return local(partial(_run, scale), letters, "BTNH")(q_BTNH, k_BSKH, v_BSKH, *places)
 
 
 class _Sees(NamedTuple):
@@ -57,21 +62,22 @@ class _Sees(NamedTuple):
     reach: jax.Array
 
 
-def _run(window, scale, q_BTNH, k_BTKH, v_BTKH, *places):
+def _run(scale, q_BTNH, k_BTKH, v_BTKH, *places):
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
     size = min(T, max(MIN_BLOCK, -(-T // MAX_BLOCKS)))
     filled = partial(_filled, -(-T // size) * size)
-    sees = _sees(spans(*map(filled, places), window=window), size, N // K)
+    sees = _sees(Spans(*(filled(a, NEVER) for a in places)), size, N // K)
     q_CKTH = filled(q_BTNH).reshape(B, -1, size, K, N // K, H).transpose(0, 1, 3, 4, 2, 5).reshape(len(sees.reach), K, -1, H)
     k_BKTH, v_BKTH = (filled(a).swapaxes(1, 2) for a in (k_BTKH, v_BTKH))
     out_CKTH = _attention(scale, q_CKTH, k_BKTH, v_BKTH, sees)
     return out_CKTH.reshape(B, -1, K, N // K, size, H).transpose(0, 1, 4, 2, 3, 5).reshape(B, -1, N, H)[:, :T]
 
 
-def _filled(T: int, a: jax.Array) -> jax.Array:
-    """`a` with T tokens; zeros are padding in every array."""
-    return a if a.shape[1] == T else jnp.pad(a, [(0, 0), (0, T - a.shape[1]), *[(0, 0)] * (a.ndim - 2)])
+def _filled(T: int, a: jax.Array, value: int = 0) -> jax.Array:
+    """`a` with T tokens."""
+    wanted = [(0, 0), (0, T - a.shape[1]), *[(0, 0)] * (a.ndim - 2)]
+    return a if a.shape[1] == T else jnp.pad(a, wanted, constant_values=value)
 
 
 def _sees(seen: Spans, size: int, G: int) -> _Sees:
@@ -79,31 +85,43 @@ def _sees(seen: Spans, size: int, G: int) -> _Sees:
     last = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     earliest = seen.first if seen.context_first is None else jnp.minimum(seen.first, seen.context_first)
     reach = jnp.arange(T // size) - earliest.reshape(B, -1, size).min(-1) // size
-    each = lambda a: None if a is None else jnp.tile(a.reshape(-1, size), (1, G))  # noqa: E731
-    return _Sees(*map(each, (seen.first, last, *seen[1:])), jnp.maximum(reach, 0).reshape(-1))
+
+    def each(a: jax.Array | None) -> jax.Array | None:
+        return None if a is None else jnp.tile(a.reshape(-1, size), (1, G))
+
+    first, last, *context = map(each, (seen.first, last, *seen[1:]))
+    return _Sees(first, last, *context, reach=jnp.maximum(reach, 0).reshape(-1))  # type: ignore[arg-type]
 
 
 def _scan(meet, k_BKTH, v_BKTH, sees: _Sees, carry, blocks):
-    """Scans `meet(place, mask, k, v, carry, block)` over the blocks: `place` is where in keys and values [B, K, T, H] the
-    part begins that the block meets, k and v are this part, [K, S, H], and mask [S, G * size] says who sees what."""
-    B, K, T, H = k_BKTH.shape
+    """Scans `meet(place, mask, k, v, carry, block)` over the blocks of each row, which begins with `carry`. k and v are
+    the part of the row's keys and values that the block meets, [K, S, H], which begins at `place`; mask [S, G * size]
+    says who sees what. Gives the carry of each row at its end, and what `meet` gave of each block."""
+    B, _, T, _ = k_BKTH.shape
     C = len(sees.reach) // B
 
-    def enter(reach, i, sees, block, carry):
-        place = (i // C, 0, (i % C - reach) * (T // C), 0)
-        part = (1, K, (reach + 1) * (T // C), H)
-        k, v = (jax.lax.dynamic_slice(a, place, part)[0] for a in (k_BKTH, v_BKTH))
-        key = place[2] + jax.lax.broadcasted_iota(jnp.int32, (part[2], 1), 0)
+    def enter(reach, k_KTH, v_KTH, carry, i, sees, block):
+        place = (0, (i - reach) * (T // C), 0)
+        part = (k_KTH.shape[0], (reach + 1) * (T // C), k_KTH.shape[2])
+        k, v = (jax.lax.dynamic_slice(a, place, part) for a in (k_KTH, v_KTH))
+        key = place[1] + jax.lax.broadcasted_iota(jnp.int32, (part[1], 1), 0)
         mask = (key >= sees.first) & (key <= sees.last)
         if sees.context_first is not None:
             mask |= (key >= sees.context_first) & (key <= sees.context_last)
         return meet(place, mask, k, v, carry, block)
 
-    def one(carry, each):
-        i, sees, block = each
-        return jax.lax.switch(sees.reach, [partial(enter, reach) for reach in range(C)], i, sees, block, carry)
+    def row(_, row):
+        k_KTH, v_KTH, sees, blocks = row
 
-    return jax.lax.scan(one, carry, (jnp.arange(B * C, dtype=jnp.int32), sees, blocks))
+        def one(carry, each):
+            forms = [partial(enter, reach, k_KTH, v_KTH) for reach in range(C)]
+            return jax.lax.switch(each[1].reach, forms, carry, *each)
+
+        return None, jax.lax.scan(one, carry, (jnp.arange(C, dtype=jnp.int32), sees, blocks))
+
+    rows = jax.tree.map(lambda a: a.reshape(B, C, *a.shape[1:]), (sees, blocks))
+    _, (carry, outs) = jax.lax.scan(row, None, (k_BKTH, v_BKTH, *rows))
+    return carry, jax.tree.map(lambda a: a.reshape(B * C, *a.shape[2:]), outs)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -136,11 +154,11 @@ def _bwd(scale, saved, dout_CKTH):
         dscores = (weights * (dot("ksh,kth->kst", v, dout) - delta[:, None]) * scale).astype(q.dtype)
         dkv = dot("kst,kth->ksh", dscores, q), dot("kst,kth->ksh", weights.astype(q.dtype), dout)
         dq = dot("khs,kst->kht", k.swapaxes(1, 2), dscores)
-        carry = tuple(_add(whole, part[None], place) for whole, part in zip(carry, dkv, strict=True))
+        carry = tuple(_add(whole, part, place) for whole, part in zip(carry, dkv, strict=True))
         return carry, dq.astype(q.dtype)
 
     blocks = (q_CKTH, dout_CKTH, norm_CKT, delta_CKT)
-    zeros = (jnp.zeros(k_BKTH.shape, jnp.float32),) * 2
+    zeros = (jnp.zeros(k_BKTH.shape[1:], jnp.float32),) * 2
     (dk_BKTH, dv_BKTH), dq_CKHT = _scan(meet, k_BKTH, v_BKTH, sees, zeros, blocks)
     return dq_CKHT.swapaxes(2, 3), dk_BKTH.astype(k_BKTH.dtype), dv_BKTH.astype(v_BKTH.dtype), None
 

@@ -58,14 +58,15 @@ class Tiles(NamedTuple):
     dkv: Tile
 
 
-# By bytes an element and head_dim. Not measured on hardware: chosen among what `make gpu-compile` (tests/peers) can tell of
-# sm_90a, the fewest instructions a score that spill no registers (16/8 heads of 128 with contexts: 32 bytes in dkv) and
-# fit 99 KiB of shared memory, which all GPUs from compute capability 8.0 on have.
+# By bytes an element and head_dim. Not measured on hardware: chosen by what `make gpu-compile` (tests/peers) tells of
+# sm_90a, few instructions a score and no spilled registers (16/8 heads of 128 with contexts: 32 bytes in dkv), in the
+# shared memory that chips from compute capability 8.6 on have, 99 KiB. Compiled for sm_80 two of them spill, 136 bytes at
+# most.
 TILES = {
     (2, 64): Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
     (2, 128): Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
     (2, 256): Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-    (4, 64): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
+    (4, 64): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2)),
     (4, 128): Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
     (4, 256): Tiles(Tile(32, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 32, 8, 1)),
 }
@@ -129,10 +130,15 @@ def run(q_BTNH, k_BSKH, v_BSKH, q_positions, k_positions, q_segments, k_segments
 # ---------------------------------------------------------------- what the blocks of a row walk over
 
 
+def _filled(size: int) -> int:
+    """What Triton holds it in: a power of two, for its dots 16 at least."""
+    return max(16, pl.next_power_of_2(size))
+
+
 def tiles_of(dtype: Any, H: int, T: int) -> Tiles:
-    """The table's tiles, no larger than a short row needs (Triton's dots take 16 rows at least)."""
-    most = max(16, pl.next_power_of_2(T))
-    tiles = TILES[jnp.dtype(dtype).itemsize, max(64, pl.next_power_of_2(H))]
+    """The table's tiles, no larger than a short row needs."""
+    most = _filled(T)
+    tiles = TILES[jnp.dtype(dtype).itemsize, max(64, _filled(H))]
     return Tiles(*(tile._replace(queries=min(tile.queries, most), keys=min(tile.keys, most)) for tile in tiles))
 
 
@@ -342,7 +348,7 @@ def _by_queries(kernel, tile: Tile, scale: float, walk, sees: Spans, arrays: str
     result is: q for [B, T, N, H] in blocks, k for all of [B, T, K, H], n for [B, N, T filled up] in blocks."""
     q_BTNH, k_BTKH = operands[:2]
     B, T, N, H = q_BTNH.shape
-    G, filled, width = N // k_BTKH.shape[2], sees.first.shape[1], pl.next_power_of_2(H)
+    G, filled, width = N // k_BTKH.shape[2], sees.first.shape[1], _filled(H)
     blocks = filled // tile.queries
 
     def at(i):  # longest walks first: what begins last should end soon
@@ -371,7 +377,7 @@ def _by_queries(kernel, tile: Tile, scale: float, walk, sees: Spans, arrays: str
 def _by_keys(tile: Tile, scale: float, prepared: Prepared, q_BTNH, k_BTKH, v_BTKH, dout_BTNH, norm, delta):
     """`_dkv_kernel` over (blocks of keys, key heads, rows of the batch)."""
     B, T, K, H = k_BTKH.shape
-    filled, width, walk = prepared.last.shape[1], pl.next_power_of_2(H), prepared.dkv
+    filled, width, walk = prepared.last.shape[1], _filled(H), prepared.dkv
     contexts = jax.tree.leaves(prepared.spans)[1:]
     G = q_BTNH.shape[2] // K
     queries = pl.BlockSpec((None, filled, G, width), lambda _, n, b: (b, 0, n, 0))

@@ -25,6 +25,9 @@ AXIS = "context"
 BLOCK = 512
 """At most this many queries meet as many keys at once: scores of 1 MiB a head, whatever the length of the row."""
 
+NARROW = 8
+"""Columns of ones that sum weights; one column XLA would turn back into a sum."""
+
 NEVER = 1 << 30
 """The beginning of nothing: no segment and no position is as large."""
 
@@ -132,8 +135,10 @@ def _meet(window, scale, B, q_CTKGH, q_places: Places, keys: Keys, found: tuple[
         weights = jnp.where(scores > MASKED, jnp.exp(scores - highest[..., None]), 0.0)
         shrink = jnp.exp(peak_KGT - highest)
         v = v_CSKH[s]
-        added = jnp.einsum("KGTS,SKH->KGTH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        return _put(c, found, (out_KGTH * shrink[..., None] + added, highest, total_KGT * shrink + weights.sum(-1)))
+        weigh = partial(jnp.einsum, "KGTS,SKH->KGTH", weights.astype(v.dtype), preferred_element_type=jnp.float32)
+        # summed by the matrix unit: on a TPU the sum itself would take as long as all the rest together
+        sums_KGT = weigh(jnp.ones((*v.shape[:2], NARROW), v.dtype))[..., 0]
+        return _put(c, found, (out_KGTH * shrink[..., None] + weigh(v), highest, total_KGT * shrink + sums_KGT))
 
     return jax.lax.fori_loop(0, count, pair, found)
 

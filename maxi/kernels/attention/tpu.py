@@ -14,6 +14,7 @@ Sizes of tiles are in `tpu_blocks.py`.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ LEAST = 1e-30
 LOG2E = math.log2(math.e)
 """Scores are kept in base 2: the exponential that the hardware has."""
 LANES = tpu_blocks.LANES
+reciprocal = getattr(pltpu, "reciprocal", None) or pl.reciprocal  # jax 0.12 has moved it
 
 
 class Prepared(NamedTuple):
@@ -52,12 +54,12 @@ class Prepared(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """What is static about a call. `heads`: key heads in a step. `partials`: sets of float32 sums that the backward pass may
-    leave in HBM, one for all heads where they take their turns, one each where two cores share them."""
+    """What is static about a call. `heads`: key heads in a step, forward and backward. `partials`: sets of float32 sums that
+    the backward pass may leave in HBM, one for all heads where they take their turns, one each where two cores share them."""
 
     sizes: Sizes
     scale: float
-    heads: int
+    heads: tuple[int, int]
     partials: int
     interpret: Any
 
@@ -133,13 +135,14 @@ def kernel(
         prepared = _prepare(sizes, window, *places, *[None] * (3 - len(places)))
     q_BKGTH = _heads_first(q_BTNH, K, sizes.T)
     k_BKTH, v_BKTH = (_heads_first(x, K, sizes.T)[:, :, 0] for x in (k_BTKH, v_BTKH))
-    out_BKGTH = _attention(plan(sizes, scale, N // K, K, interpret), q_BKGTH, k_BKTH, v_BKTH, prepared)
+    out_BKGTH: jax.Array = _attention(plan(sizes, scale, N // K, K, interpret), q_BKGTH, k_BKTH, v_BKTH, prepared)
     return out_BKGTH[:, :, :, :T].transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
 
 
 def plan(sizes: Sizes, scale: float, G: int, K: int, interpret: Any) -> _Plan:
-    heads = tpu_blocks.heads(sizes, G, K)
-    return _Plan(sizes, scale, heads, K // heads if sizes.cores > 1 else 1, interpret)
+    blocks = sizes.blocks
+    heads = [tpu_blocks.heads(G * q_block, K, sizes) for q_block in (blocks.q_forward, blocks.q_backward)]
+    return _Plan(sizes, scale, (heads[0], heads[1]), K // heads[1] if sizes.cores > 1 else 1, interpret)
 
 
 def _heads_first(x_BTNH: jax.Array, K: int, padded: int) -> jax.Array:
@@ -208,7 +211,7 @@ def _row(column: jax.Array) -> jax.Array:
 
 def _inverse(x: jax.Array) -> jax.Array:
     """1 / x to float32, from the hardware's guess and two steps of Newton: a third of what the division takes."""
-    guess = pl.reciprocal(x, approx=True)
+    guess = reciprocal(x, approx=True)
     guess = guess * (2.0 - x * guess)
     return guess * (2.0 - x * guess)
 
@@ -229,7 +232,7 @@ def _places(place: Any, step: Any, q_block: int, k_block: int) -> tuple[jax.Arra
     """The current entry's flags (and more above them), first query and first key."""
     at = pl.program_id(1)
     entry = step[at]
-    return entry, (place[at] & 0xFFFF) * q_block, (entry >> 8) * k_block
+    return entry, work.query_block(place[at]) * q_block, work.key_block(entry) * k_block
 
 
 def _forward_kernel(
@@ -251,7 +254,7 @@ def _forward_kernel(
         begin = key.astype(jnp.float32)
         spans = [_wide(spans_ref[i] - begin, bk) for i in range(rows_ref.shape[0])]
         bias = jnp.concatenate([_bias((bq, bk), 0, query - key, spans)] * G, 0)
-        for head in range(plan.heads):
+        for head in range(plan.heads[0]):
             v = v_ref[head]
             scores = _dot(_stacked(q_ref[head]), k_ref[head], (1, 1)) * (plan.scale * LOG2E) + bias
             # the first entry starts afresh by selecting: clearing what is kept would take longer
@@ -265,7 +268,7 @@ def _forward_kernel(
 
     @pl.when(entry & (work.LAST | work.SEEN) == work.LAST | work.SEEN)
     def _():
-        for head in range(plan.heads):
+        for head in range(plan.heads[0]):
             total = jnp.maximum(total_ref[head], LEAST)
             out_ref[head] = (sums_ref[head] * _wide(_inverse(total), H)).astype(out_ref.dtype).reshape(G, bq, H)
             norm_ref[head] = _row(peak_ref[head]) + jnp.log2(_row(total))
@@ -329,7 +332,7 @@ def _backward_kernel(
         spans = [rows_ref[i : i + 1, :] - begin for i in range(rows_ref.shape[0])]
         bias = jnp.concatenate([_bias((bk, bq), 1, query - key, spans)] * G, 1)
         here = pl.ds(pl.multiple_of(jax.lax.rem(query, plan.sizes.chunk), bq), bq)
-        for head in range(plan.heads):
+        for head in range(plan.heads[1]):
             q, dout, k = _stacked(q_ref[head]), _stacked(dout_ref[head]), k_ref[head]
             scores = _dot(k, q, (1, 1)) * (plan.scale * LOG2E) + bias
             weights = jnp.exp2(scores - norm_ref[head])
@@ -357,11 +360,20 @@ def _backward_kernel(
 # --- calls ---------------------------------------------------------------------------------------------------------------
 
 
-def _spec(shape: tuple[int | None, ...], at: Any) -> pl.BlockSpec:
-    """A block chosen by `at(heads, row, query block, key block)` of the list's current entry."""
+class _At(NamedTuple):
+    """Where the grid stands: which key heads, and the current entry's row, query block, key block and written key block."""
 
+    heads: jax.Array
+    row: jax.Array
+    query: jax.Array
+    key: jax.Array
+    written: jax.Array
+
+
+def _spec(shape: tuple[int | None, ...], block: Callable[[_At], tuple[Any, ...]]) -> pl.BlockSpec:
     def index(heads, entry, place, step):
-        return at(heads, place[entry] >> 16, place[entry] & 0xFFFF, step[entry] >> 8)
+        at, did = place[entry], step[entry]
+        return block(_At(heads, work.row(at), work.query_block(at), work.key_block(did), work.written(did)))
 
     return pl.BlockSpec(shape, index)
 
@@ -377,14 +389,14 @@ class _Specs(NamedTuple):
 
 def _specs(heads: int, G: int, H: int, bq: int, bk: int, kinds: int) -> _Specs:
     return _Specs(
-        _spec((None, heads, G, bq, H), lambda h, b, i, j: (b, h, 0, i, 0)),
-        _spec((None, heads, bk, H), lambda h, b, i, j: (b, h, j, 0)),
-        _spec((None, heads, None, 1, G * bq), lambda h, b, i, j: (b, h, i, 0, 0)),
-        _spec((None, None, kinds, bq), lambda h, b, i, j: (b, i, 0, 0)),
+        _spec((None, heads, G, bq, H), lambda at: (at.row, at.heads, 0, at.query, 0)),
+        _spec((None, heads, bk, H), lambda at: (at.row, at.heads, at.key, 0)),
+        _spec((None, heads, None, 1, G * bq), lambda at: (at.row, at.heads, at.query, 0, 0)),
+        _spec((None, None, kinds, bq), lambda at: (at.row, at.query, 0, 0)),
     )
 
 
-def _call(body, plan: _Plan, todo: Work, matmuls: int, inputs, outputs, scratch, arrays, name: str):
+def _call(body, plan: _Plan, todo: Work, heads: int, matmuls: int, inputs, outputs, scratch, arrays, name: str):
     """`inputs` are specs, `outputs` specs and shapes. Costs are given as if every row were one document."""
     B, K, G, T, H = arrays[0].shape
     pairs = B * K * G * T * T // 2
@@ -393,7 +405,7 @@ def _call(body, plan: _Plan, todo: Work, matmuls: int, inputs, outputs, scratch,
         partial(body, plan=plan),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(K // plan.heads, todo.size),
+            grid=(K // heads, todo.size),
             in_specs=inputs,
             out_specs=outputs[0],
             scratch_shapes=scratch,
@@ -409,7 +421,7 @@ def _call(body, plan: _Plan, todo: Work, matmuls: int, inputs, outputs, scratch,
 def _forward(plan: _Plan, q_BKGTH, k_BKTH, v_BKTH, ready: Prepared) -> tuple[jax.Array, jax.Array]:
     """Attended values and, in base 2, the log of every query's normaliser [B, K, blocks, 1, G * q_block]."""
     B, K, G, T, H = q_BKGTH.shape
-    bq, bk, heads = plan.sizes.blocks.q_forward, plan.sizes.blocks.k_forward, plan.heads
+    bq, bk, heads = plan.sizes.blocks.q_forward, plan.sizes.blocks.k_forward, plan.heads[0]
     kinds = ready.forward_rows.shape[2]
     specs = _specs(heads, G, H, bq, bk, kinds)
     shapes = [
@@ -420,26 +432,27 @@ def _forward(plan: _Plan, q_BKGTH, k_BKTH, v_BKTH, ready: Prepared) -> tuple[jax
     scratch = [pltpu.VMEM(shape, jnp.float32) for shape in kept]
     inputs, outputs = [specs.queries, specs.keys, specs.keys, specs.rows], ([specs.queries, specs.stats], shapes)
     arrays = (q_BKGTH, k_BKTH, v_BKTH, ready.forward_rows)
-    return _call(_forward_kernel, plan, ready.forward, 2, inputs, outputs, scratch, arrays, "attention_forward")
+    return _call(_forward_kernel, plan, ready.forward, heads, 2, inputs, outputs, scratch, arrays, "attention_forward")
 
 
 def _backward(plan: _Plan, q_BKGTH, dout_BKGTH, k_BKTH, v_BKTH, norms, deltas, ready: Prepared) -> tuple[jax.Array, ...]:
     """Gradients of q, k and v; norms and deltas [B, K, blocks, 1, G * q_block]."""
     _, _, G, T, H = q_BKGTH.shape
-    bq, bk, chunk, heads = plan.sizes.blocks.q_backward, plan.sizes.blocks.k_backward, plan.sizes.chunk, plan.heads
+    bq, bk, chunk, heads = plan.sizes.blocks.q_backward, plan.sizes.blocks.k_backward, plan.sizes.chunk, plan.heads[1]
     specs = _specs(heads, G, H, bq, bk, ready.backward_rows.shape[2])
-    held = _spec((None, heads, G, chunk, H), lambda h, b, i, j: (b, h, 0, jax.lax.div(i, chunk // bq), 0))
+    held = _spec((None, heads, G, chunk, H), lambda at: (at.row, at.heads, 0, jax.lax.div(at.query, chunk // bq), 0))
+    written = _spec((None, heads, bk, H), lambda at: (at.row, at.heads, at.written, 0))
     left = (plan.partials, 2, heads, T, H) if chunk < T else (1, 1, 1, 8, LANES)
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k_BKTH, v_BKTH, q_BKGTH)]
     outputs = (
-        [specs.keys, specs.keys, held, pl.BlockSpec(memory_space=pl.ANY)],
+        [written, written, held, pl.BlockSpec(memory_space=pl.ANY)],
         [*shapes, jax.ShapeDtypeStruct(left, jnp.float32)],
     )
     scratch = [pltpu.VMEM(shape, jnp.float32) for shape in ((heads, G, chunk, H), (2, heads, bk, H))]
     scratch.append(pltpu.SemaphoreType.DMA(()))
     inputs = [specs.queries, specs.queries, specs.keys, specs.keys, specs.stats, specs.stats, specs.rows]
     arrays = (q_BKGTH, dout_BKGTH, k_BKTH, v_BKTH, norms, deltas, ready.backward_rows)
-    done = _call(_backward_kernel, plan, ready.backward, 5, inputs, outputs, scratch, arrays, "attention_backward")
+    done = _call(_backward_kernel, plan, ready.backward, heads, 5, inputs, outputs, scratch, arrays, "attention_backward")
     return done[2], done[0], done[1]
 
 
@@ -461,8 +474,10 @@ def _blocked(x_BKGT: jax.Array, bq: int) -> jax.Array:
 def _bwd(plan, saved, dout_BKGTH):
     q_BKGTH, k_BKTH, v_BKTH, ready, out_BKGTH, norms = saved
     blocks = plan.sizes.blocks
-    # rowsum(dO * O) equals rowsum(P * dP), algorithm 2, line 4
-    delta_BKGT = jnp.einsum("BKGTH,BKGTH->BKGT", dout_BKGTH, out_BKGTH, preferred_element_type=jnp.float32)
+    # rowsum(dO * O) equals rowsum(P * dP), algorithm 2, line 4; behind a barrier, or the sum becomes part of the matmul
+    # that makes dO and O is copied into that one's order
+    dout_BKGTH = jax.lax.optimization_barrier(dout_BKGTH)
+    delta_BKGT = (dout_BKGTH.astype(jnp.float32) * out_BKGTH.astype(jnp.float32)).sum(-1)
     if blocks.q_forward != blocks.q_backward:
         B, K, G, T = delta_BKGT.shape
         norms = norms.reshape(B, K, T // blocks.q_forward, G, blocks.q_forward).swapaxes(2, 3).reshape(B, K, G, T)

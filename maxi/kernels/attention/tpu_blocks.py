@@ -13,14 +13,13 @@ from maxi.kernels.platform import device, platform
 
 LANES = 128
 """All blocks are multiples of this."""
-STACKED, KEYS = 512, 512
-"""Queries times heads of a group, and keys, in a tile where the table has no entry."""
-CHIPS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}
-VMEM_MIB = {"v5e": 64, "v5p": 48, "v6e": 64}
-"""What the kernels may take of a core's vector memory (128, 64 and 128 MiB); other chips are taken to have `LEAST_MIB`."""
+CHIPS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
+VMEM_MIB = {"v5e": 64, "v5p": 48, "v6e": 64, "tpu7x": 48}
+"""What the kernels may take of a core's vector memory (128, 64, 128 and 64 MiB)."""
 LEAST_MIB = 14
-HEADS = 4
-"""Most key heads in a step."""
+"""And of that of other chips (16 MiB)."""
+HEADS, STACKED = 4, 4096
+"""Most key heads in a step, and most queries times query heads."""
 SMEM_BYTES = 768 << 10
 """What a work list may take of a core's scalar memory (1 MiB on all of them)."""
 
@@ -47,8 +46,23 @@ class Sizes(NamedTuple):
     cores: int
 
 
-TABLE: dict[tuple[str, int, int], Blocks] = {}
-"""By chip, G and H."""
+TABLE = {
+    ("v5e", 2, 128): Blocks(256, 512, 256, 256),
+    ("v5p", 2, 128): Blocks(256, 512, 256, 256),
+    ("v6e", 2, 128): Blocks(256, 512, 256, 512),
+    ("v5e", 7, 64): Blocks(256, 256, 256, 256),
+    ("v5p", 7, 64): Blocks(256, 256, 256, 256),
+    ("v6e", 7, 64): Blocks(256, 512, 256, 256),
+}
+"""By chip, G and H. Every entry has the least product of scheduled bundles over rows of 4,096 tokens that are one document,
+documents of mean 512 and of mean 2,048, of blocks of 128, 256 and 512 queries with 256, 512 and 1,024 keys, counted as
+`tests/peers/tpu_attention.py` does with libtpu 0.0.52; none was timed on a chip."""
+
+
+def _wanted(name: str, G: int, H: int) -> Blocks:
+    """Without an entry: what is best or next to it on v5e, counted the same way, for heads of 128 and G of 1, 4 and 8."""
+    other = Blocks(min(256, max(LANES, 512 // G)), 512, 512 if G == 1 else 256, 256)
+    return TABLE.get((name, G, H), other)
 
 
 def chip() -> tuple[str, int]:
@@ -57,11 +71,6 @@ def chip() -> tuple[str, int]:
     if found is None and platform() == jax.default_backend() == "tpu":
         found = jax.devices()[0]
     return CHIPS.get(getattr(found, "device_kind", ""), ""), getattr(found, "num_cores", None) or 1
-
-
-def _wanted(name: str, G: int, H: int) -> Blocks:
-    queries = max(LANES, STACKED // G // LANES * LANES)
-    return TABLE.get((name, G, H), Blocks(queries, KEYS, queries, KEYS))
 
 
 def _even(length: int, block: int) -> int:
@@ -92,24 +101,26 @@ def choose(call: Any, name: str | None = None, blocks: Sequence[int] | None = No
         k_forward, k_backward = (_divisor(T, k * grown, LANES) for k in (wanted.k_forward, wanted.k_backward))
         q_forward, q_backward = (_divisor(T, q * grown, LANES) for q in (wanted.q_forward, wanted.q_backward))
         blocks = Blocks(q_forward, k_forward, q_backward, k_backward)
-        entries = [B * most(T, q, k) for q, k in ((q_forward, k_forward), (q_backward, k_backward))]
-        if 8 * max(entries) <= SMEM_BYTES:
-            return Sizes(blocks, T, _chunk(G, call.H, call.dtype, blocks, T, vmem), *entries, vmem, cores)
+        forward, backward = (B * most(T, q, k) for q, k in ((q_forward, k_forward), (q_backward, k_backward)))
+        if 8 * max(forward, backward) <= SMEM_BYTES:
+            chunk = _chunk(G, call.H, call.dtype, blocks, T, vmem)
+            return Sizes(blocks, T, chunk, forward, backward, vmem, cores)
     return None
 
 
-def _most_heads(blocks: Blocks, G: int) -> int:
-    return max(1, min(HEADS, HEADS * STACKED // (G * max(blocks.q_forward, blocks.q_backward))))
+def _most_heads(stacked: int, vmem: int) -> int:
+    return max(1, min(HEADS, STACKED // stacked)) if vmem >= 32 << 20 else 1
 
 
-def heads(sizes: Sizes, G: int, K: int) -> int:
-    """How many of a device's K key heads one step does: no more than is worth its code, and some for every core."""
-    most = min(_most_heads(sizes.blocks, G), max(1, K // sizes.cores))
+def heads(stacked: int, K: int, sizes: Sizes) -> int:
+    """How many of a device's K key heads one step does, with tiles of `stacked` queries: no more than is worth its code, and
+    some left for every core."""
+    most = min(_most_heads(stacked, sizes.vmem), max(1, K // sizes.cores))
     return max(n for n in range(1, most + 1) if K % n == 0)
 
 
 def _chunk(G: int, H: int, dtype: Any, blocks: Blocks, T: int, vmem: int) -> int:
     """As many queries as have room for their gradients, float32 and, twice, as they are written; whole blocks, all equal."""
-    width = _most_heads(blocks, G) * G * -(-H // LANES) * LANES
+    width = _most_heads(G * blocks.q_backward, vmem) * G * -(-H // LANES) * LANES
     room = vmem // 2 // (width * (4 + 2 * jnp.dtype(dtype).itemsize))
     return _divisor(T, room, math.lcm(blocks.q_backward, blocks.k_backward))

@@ -5,7 +5,9 @@ costs its documents and not its square. Lists are made in XLA from `Spans`, once
 to the kernel as scalars. One entry is two int32:
 
     place   row << 16 | query block
-    step    key block << 8 | flags
+    step    written key block << 19 | key block << 8 | flags
+
+The written key block is the one whose sums are next complete: the block that the kernel's output stands on meanwhile.
 
 Rows that break the contract of `maxi.kernels.attention`, from which `Spans` follow, are found here too (`broken`).
 """
@@ -23,6 +25,26 @@ its row breaks the contract. A group with nothing to see has one entry, so that 
 CHUNK_FIRST, CHUNK_LAST, RESUMES, PAUSES = 16, 32, 64, 128
 """And of an entry ordered by key block: begins and ends a chunk of queries, and its key block has been there in an earlier
 chunk or comes again in a later one."""
+
+
+_BLOCKS = 0x7FF
+"""Key blocks have 11 bits: more could never be listed."""
+
+
+def row(place: jax.Array) -> jax.Array:
+    return place >> 16
+
+
+def query_block(place: jax.Array) -> jax.Array:
+    return place & 0xFFFF
+
+
+def key_block(step: jax.Array) -> jax.Array:
+    return step >> 8 & _BLOCKS
+
+
+def written(step: jax.Array) -> jax.Array:
+    return step >> 19
 
 
 class Work(NamedTuple):
@@ -97,8 +119,12 @@ def by_key(meets: jax.Array, chunk: int, length: int) -> Work:
     (begins, ends), (chunk_begins, chunk_ends) = _changes(group, size), _changes(part, size)
     flags = FIRST * begins + LAST * ends + SEEN * seen.reshape(-1)[at]
     flags += CHUNK_FIRST * chunk_begins + CHUNK_LAST * chunk_ends
-    flags += RESUMES * (before.reshape(-1)[group] > 0) + PAUSES * (after.reshape(-1)[group] > 0)
-    return Work(row << 16 | q_block, k_block << 8 | flags.astype(jnp.int32), size)
+    paused = after.reshape(-1)[group] > 0
+    flags += RESUMES * (before.reshape(-1)[group] > 0) + PAUSES * paused
+    entries = jnp.arange(length)
+    complete = jnp.where(ends & ~paused & (entries < size), entries, length - 1)
+    written = k_block[jax.lax.cummin(complete, reverse=True)]
+    return Work(row << 16 | q_block, written << 19 | k_block << 8 | flags.astype(jnp.int32), size)
 
 
 def broken(positions_BT: jax.Array, segments_BT: jax.Array, contexts_BT: jax.Array | None, seen: Spans) -> jax.Array:
@@ -128,7 +154,8 @@ def pad(seen: Spans, T: int) -> Spans:
     """The spans of rows made `T` long: what is added sees nothing."""
     more = ((0, 0), (0, T - seen.first.shape[1]))
 
-    def longer(values, empty):
-        return None if values is None else jnp.pad(values, more, constant_values=empty)
+    def longer(x: jax.Array | None, empty: int) -> jax.Array | None:
+        return None if x is None else jnp.pad(x, more, constant_values=empty)
 
-    return Spans(longer(seen.first, NEVER), longer(seen.context_first, NEVER), longer(seen.context_last, -1))
+    first = jnp.pad(seen.first, more, constant_values=NEVER)
+    return Spans(first, longer(seen.context_first, NEVER), longer(seen.context_last, -1))

@@ -9,11 +9,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from maxi.sharding import einsum, shards
+from maxi.kernels.cpu import product, product_of_rows
+from maxi.sharding import shards
 
 
 def _logits(h_BTD: jax.Array, w_VD: jax.Array) -> jax.Array:
-    return einsum("BTD,VD->BTV", h_BTD, w_VD, preferred_element_type=jnp.float32)
+    return product("BTD,VD->BTV", h_BTD, w_VD)
 
 
 def _onehot(targets_BT: jax.Array, V: int) -> jax.Array:
@@ -32,9 +33,9 @@ def _gradients(n, logits_BTV, h_BTD, w_VD, targets_BT, norm_BT, dlogprob_BT, dno
     p_BTV = jnp.exp(logits_BTV - norm_BT[..., None])
     dz = (dnorm_BT - dlogprob_BT)[..., None] * p_BTV
     dz_BTV = jnp.where(_onehot(targets_BT, w_VD.shape[0]), dz + dlogprob_BT[..., None], dz).astype(h_BTD.dtype)
-    dh_BTD = einsum("BTV,VD->BTD", dz_BTV, w_VD, preferred_element_type=jnp.float32)
+    dh_BTD = product("BTV,VD->BTD", dz_BTV, w_VD)
     if n == 1:
-        dw = jnp.einsum("BTV,BTD->VD", dz_BTV, h_BTD, preferred_element_type=jnp.float32)
+        dw = product_of_rows(dz_BTV, h_BTD)
     else:
         dz_BCTV, h_BCTD = (a.reshape(a.shape[0], n, -1, a.shape[-1]) for a in (dz_BTV, h_BTD))
         dw = jnp.einsum("BCTV,BCTD->CVD", dz_BCTV, h_BCTD, preferred_element_type=jnp.float32)

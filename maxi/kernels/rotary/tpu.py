@@ -11,6 +11,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from maxi.kernels.platform import platform
 
@@ -53,6 +54,7 @@ def _fwd(x_BTNH, cos_BTH, sin_BTH, weight_H, eps):
 
 def _bwd(eps, saved, dout_BTNH):
     x_BTNH, cos_BTH, sin_BTH, weight_H = saved
+    dout_BTNH = with_layout_constraint(dout_BTNH, Layout((0, 2, 1, 3)))
     dout, dtype = dout_BTNH.astype(jnp.float32), x_BTNH.dtype
     dunit = (dout * cos_BTH[:, :, None] + _swap((dout * sin_BTH[:, :, None]).astype(dtype), -1)).astype(dtype)
     if weight_H is None:

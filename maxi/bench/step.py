@@ -1,0 +1,215 @@
+"""`maxi bench step CONFIG`: the training step of a config, timed on made-up rows, or only compiled.
+
+It is the step that `maxi train` takes: same model, objective, optimizer, kernels, mesh and compiler options. No data,
+tokenizer or weights are read. With a topology nothing runs: the step is compiled for TPUs that need not be here, which
+says what memory it takes there and gives the optimized program to whoever reads it.
+"""
+
+import itertools
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from maxi import mesh, objectives, pretrained, program
+from maxi import step as steps
+from maxi.bench.rows import made_up
+from maxi.bench.timing import Timing, about_this_machine, check_writable, clock, keep, without_cache, write
+from maxi.config import Config
+from maxi.data.loader import stack
+from maxi.errors import ConfigError, EnvironmentFault
+from maxi.kernels.platform import compiling_for
+from maxi.metrics import process_memory
+from maxi.models import Model
+from maxi.params import count, init
+from maxi.program import Program
+
+WARM_UP = 2
+"""Steps before the clock starts: the first ones allocate."""
+BATCHES = 4
+"""Different batches that the steps take in turns: where attention skips by document, no two cost the same."""
+ANY_LENGTH = 10_000
+"""Steps of a run of so many epochs, which only data could tell; the schedule of the learning rate needs a number."""
+LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",  # no machine is asked what it is, which takes minutes where none answers
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # others may have it open
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",  # these two only keep it from complaining: the topology says what is compiled for
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+"""How libtpu is to behave where there is no TPU, unless the environment says otherwise."""
+UNSAID = 1
+"""Stands for a vocabulary that the config leaves to its tokenizer."""
+
+
+def bench_step(
+    config: Config,
+    *,
+    timed_steps: int = 10,
+    document_tokens: int = 512,
+    topology: str | None = None,
+    dump_hlo: str | None = None,
+    json_out: str | None = None,
+) -> None:
+    """Compiles the step of `config`, times `timed_steps` of them, and prints the figures.
+
+    `document_tokens`: mean length of documents, conversations or pairs. `topology`, such as v5e:4x4: only compile, for
+    these TPUs. The figures go to the file `json_out` too; the optimized program and XLA's account of its memory to the
+    folder `dump_hlo`. Raises ConfigError, EnvironmentFault, and what reading the model's config raises.
+    """
+    if timed_steps < 1 or document_tokens < 2:
+        what = f"--steps {timed_steps} with --document-tokens {document_tokens}"
+        raise ConfigError(what, "command line", "take at least 1 step, and documents of at least 2 tokens")
+    check_writable(json_out)
+    with without_cache(), _target(topology) as found:  # how long compiling takes is one of the figures
+        built = _program(config, mesh.build(config.mesh, found))
+        report = _about(config, built, document_tokens)
+        if topology is None:
+            report |= _run(config, built, document_tokens, timed_steps, dump_hlo)
+        else:
+            row = made_up(config, built.objective.rows, built.model.vocab_size, document_tokens, 1)[0]
+            state, batch = built.abstract_state(), built.abstract_batch(row, config.batch_size)
+            with jax.set_mesh(built.devices):
+                report |= _compile(built, state, batch, dump_hlo)[1]
+    if json_out is not None:
+        keep(report, json_out)
+
+
+@contextmanager
+def _target(topology: str | None) -> Iterator[Sequence[Any] | None]:
+    """The devices to compile for: those of `topology`, or None for those that are here."""
+    if topology is None:
+        yield None
+        return
+    if find_spec("libtpu") is None:
+        raise EnvironmentFault("libtpu, TPU's compiler, is not installed", "--topology", "pip install libtpu")
+    for name, value in LIBTPU.items():
+        os.environ.setdefault(name, value)
+    jax.config.update("jax_platforms", "cpu")  # nothing runs, so devices that are here can stay with whoever has them
+    from jax.experimental import topologies
+
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except Exception as error:  # jax raises whatever the plugin does
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ConfigError(f"no TPU topology {topology!r}, {first}", "--topology", "write one such as v5e:4x4") from None
+    with compiling_for("tpu"):
+        yield devices
+
+
+def _program(config: Config, devices: Any) -> Program:
+    objective = objectives.build(**asdict(config.objective))
+    model = _model(config)
+    program.check_sizes(model, devices, config.batch_size, config.seq_len, config.micro_batches)
+    total = config.steps or ANY_LENGTH
+    return program.build(model, objective, config.compute, config.optim, devices, total, config.micro_batches)
+
+
+def _model(config: Config) -> Model:
+    model = pretrained.resolve_config(config.model.init_from, config.model.config, UNSAID, {})
+    if model.vocab_size == UNSAID:
+        raise ConfigError("the model's vocabulary is not said", "model.config.vocab_size", "set it: no tokenizer is read here")
+    return model
+
+
+def _about(config: Config, built: Program, document_tokens: int) -> dict[str, Any]:
+    """What is going to be compiled."""
+    compute, model = built.compute, built.model
+    report = about_this_machine(list(built.devices.devices.flat)) | {
+        "mesh": dict(built.devices.shape),
+        "family": model.family,
+        "parameters": count(model.table),
+        "objective": config.objective.name,
+        "batch_size": config.batch_size,
+        "seq_len": config.seq_len,
+        "micro_batches": config.micro_batches,
+        "document_tokens": document_tokens,
+        "dtype": jnp.dtype(compute.dtype).name,
+        "remat": compute.remat,
+    }
+    print(f"devices: {mesh.describe(built.devices)}")
+    layers = f"{len(model.layers)} layers ({'unrolled' if compute.unroll else 'scanned'})"
+    print(f"model: {model.family}, {report['parameters']:,} parameters, {layers}, vocabulary {model.vocab_size:,}")
+    print(f"compute: {report['dtype']}, remat {compute.remat}, {config.optim.name}")
+    size = f"{config.batch_size} rows of {config.seq_len} in {config.micro_batches} micro-batches"
+    print(f"batch: {size}, made up for {config.objective.name}, items of {document_tokens} tokens on average")
+    return report
+
+
+def _compile(built: Program, state: Any, batch: Any, dump_hlo: str | None) -> tuple[Any, dict[str, Any]]:
+    """The compiled step, and what there is to say of it."""
+    start = time.perf_counter()
+    lowered = built.step().lower(state, batch)
+    traced = time.perf_counter()
+    compiled = lowered.compile()
+    done = time.perf_counter()
+    memory = memory_analysis(compiled)
+    print(f"compile: {done - start:.1f} s, of which tracing {traced - start:.1f}")
+    arguments, temporary = memory["argument_size_in_bytes"], memory["temp_size_in_bytes"]
+    results = memory["output_size_in_bytes"] - memory["alias_size_in_bytes"]  # the new state takes the place of the old
+    parts = f"arguments {_size(arguments)}, temporary {_size(temporary)}, results {_size(results)}"
+    print(f"memory of the program, a device: {parts}, at most {_size(memory['peak_memory_in_bytes'])} at a time")
+    if dump_hlo is not None:
+        write(Path(dump_hlo) / "step.hlo.txt", compiled.as_text())
+        keep(memory, Path(dump_hlo) / "memory.json")
+        print(f"program: {Path(dump_hlo) / 'step.hlo.txt'}")
+    return compiled, {"trace_s": traced - start, "compile_s": done - traced, "memory_analysis": memory}
+
+
+def memory_analysis(compiled: Any) -> dict[str, int]:
+    """XLA's account of a compiled program: every number of bytes in it."""
+    found = compiled.memory_analysis()
+    return {name: int(getattr(found, name)) for name in dir(found) if name.endswith("_in_bytes")}
+
+
+def _size(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 1 << 30 else f"{size / 2**20:.1f} MiB"
+
+
+def _run(config: Config, built: Program, document_tokens: int, timed_steps: int, dump_hlo: str | None) -> dict[str, Any]:
+    """Compiles and times."""
+    different = min(BATCHES, timed_steps)
+    rows = made_up(config, built.objective.rows, built.model.vocab_size, document_tokens, config.batch_size * different)
+    stacked = [stack(rows[i::different]) for i in range(different)]
+    tokens = [int((batch["segments"] != 0).sum()) for batch in stacked]
+    new = jax.jit(partial(init, built.model.table), out_shardings=built.where.params)
+    with jax.set_mesh(built.devices):
+        state = built.new_state(new(jax.random.key(config.seed)))
+        batches = [steps.put(batch, built.devices) for batch in stacked]
+        compiled, report = _compile(built, state, batches[0], dump_hlo)
+
+        def take(batch: Any) -> Any:
+            nonlocal state
+            state, metrics = compiled(state, batch)
+            return state, metrics
+
+        seconds = [clock(partial(take, batch)) for batch in itertools.islice(itertools.cycle(batches), WARM_UP + timed_steps)]
+    timing = Timing.of(seconds[WARM_UP:])
+    return report | _speed(config, built, timing, sum(tokens) / different)
+
+
+def _speed(config: Config, built: Program, timing: Timing, tokens: float) -> dict[str, Any]:
+    width = 2 * config.seq_len if built.objective.rows in ("preferences", "labels") else config.seq_len
+    tokens_per_s, peak = tokens / timing.median, mesh.peak_flops(built.devices)
+    mfu = tokens_per_s * built.model.train_flops_per_token(width) / peak if peak else None
+    used, whose = mesh.memory_in_use(built.devices), "a device"
+    if used is None:
+        used, whose = process_memory(), "the process"
+    print(f"step: {timing.median:.4f} s, the median of {timing.runs} ({timing.least:.4f} to {timing.most:.4f})")
+    print(f"speed: {tokens_per_s:,.0f} tokens/s" + (f", {mfu:.1%} of the peak (MFU)" if mfu is not None else ""))
+    print(f"memory in use at most: {_size(used)}, {whose}")
+    return {
+        "step_s": timing._asdict(),
+        "tokens_per_step": tokens,
+        "tokens_per_s": tokens_per_s,
+        "mfu": mfu,
+        "memory_in_use": used,
+        "memory_in_use_of": whose,
+    }
