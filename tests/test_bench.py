@@ -108,6 +108,11 @@ def test_every_operation_is_measured(
     assert "not tpu: it is made for TPU, not cpu" in said and "blockwise *" in said
 
 
+def test_every_folder_of_kernels_is_an_operation() -> None:
+    folders = {path.parent.name for path in Path("maxi/kernels").glob("*/__init__.py")}
+    assert {"logprobs" if name == "head" else name for name in OPERATIONS} == folders
+
+
 def test_a_wrong_kernel_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     right, reference = norm.BACKENDS
     wrong = replace(right, run=lambda *args: 1.01 * right.run(*args))

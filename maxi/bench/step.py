@@ -155,7 +155,12 @@ def _compile(built: Program, state: Any, batch: Any, dump_hlo: str | None) -> tu
     arguments, temporary = memory["argument_size_in_bytes"], memory["temp_size_in_bytes"]
     results = memory["output_size_in_bytes"] - memory["alias_size_in_bytes"]  # the new state takes the place of the old
     parts = f"arguments {_size(arguments)}, temporary {_size(temporary)}, results {_size(results)}"
-    print(f"memory of the program, a device: {parts}, at most {_size(memory['peak_memory_in_bytes'])} at a time")
+    peak = (
+        f", at most {_size(memory['peak_memory_in_bytes'])} at a time"
+        if built.devices.devices.flat[0].platform != "cpu"
+        else ""
+    )
+    print(f"memory of the program, a device: {parts}{peak}")  # on CPU XLA's peak leaves out what is temporary
     if dump_hlo is not None:
         write(Path(dump_hlo) / "step.hlo.txt", compiled.as_text())
         keep(memory, Path(dump_hlo) / "memory.json")

@@ -22,7 +22,7 @@ from maxi.kernels.swiglu import swiglu
 from maxi.models.model import Block, LayerKind, Model, blocks
 from maxi.models.rope import cos_sin
 from maxi.params import Tree, split_axes
-from maxi.sharding import constrain, einsum, shards
+from maxi.sharding import constrain, einsum, local, shards
 
 UNROLL_AT_MOST = 12
 """On CPU, unrolled layers run some percent faster than scanned ones; beyond this depth compiling costs more."""
@@ -209,7 +209,17 @@ def _embed(model: Model, params: Tree, tokens_BT: jax.Array, compute: Compute) -
     embed_VD = fsdp.all_whole(params["embed"], split_axes(model.table)["embed"], compute.dtype).astype(compute.dtype)
     if not fsdp.by_hand():  # the partitioner has no efficient lookup in a table that is split both ways
         embed_VD = constrain(embed_VD, "VD")
+    elif shards("V") > 1 and shards("T") > 1:  # the partitioner of jax 0.12 aborts on this lookup, split both ways by it
+        return local(_own_rows, ["VD", "BT"], "BTD")(embed_VD, tokens_BT)
     return constrain(embed_VD[tokens_BT], "BTD")
+
+
+def _own_rows(embed_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    """Embeddings of tokens on a device that has a part of the vocabulary, with the others' help."""
+    V = embed_VD.shape[0]
+    at_BT = tokens_BT - jax.lax.axis_index("tensor") * V
+    mine_BT = (at_BT >= 0) & (at_BT < V)
+    return jax.lax.psum(jnp.where(mine_BT[..., None], embed_VD[jnp.where(mine_BT, at_BT, 0)], 0), "tensor")
 
 
 def _numbered(block: Block) -> Iterator[tuple[int, LayerKind]]:

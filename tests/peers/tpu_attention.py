@@ -29,6 +29,7 @@ WORK = {
     "one document": (8, 4096, None),
     "mean 512": (8, 4096, 512),
     "mean 2048": (8, 4096, 2048),
+    "a training step, 4 x 2048": (4, 2048, None),
     "32k, mean 512": (1, 32768, 512),
     "32k, one document": (1, 32768, None),
 }
