@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from maxi import __version__
 from maxi.errors import ConfigError, EnvironmentFault, MaxiError
+from maxi.runtime import expect_no_tpu
 
 if TYPE_CHECKING:
     from maxi.models.sampling import Sampling
@@ -335,6 +336,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
+    expect_no_tpu()
     try:
         args = _parse(argv)
         _set_up_logging(logging.INFO if args.run in (_train, _quickstart, _bench_step) else logging.WARNING)

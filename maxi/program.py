@@ -76,7 +76,7 @@ class Program:
         """Shapes, dtypes and shardings of a global batch of `rows` rows like this one, given by its arrays."""
 
         def like(a: Any) -> jax.ShapeDtypeStruct:
-            sharding = NamedSharding(self.devices, activation_spec("BT"[: a.ndim + 1]))
+            sharding = NamedSharding(self.devices, activation_spec("B"))
             return jax.ShapeDtypeStruct((rows, *a.shape), a.dtype, sharding=sharding)
 
         return {name: like(a) for name, a in arrays.items()}

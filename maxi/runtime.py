@@ -16,6 +16,23 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 """Parameters of glibc's mallopt, from its malloc.h."""
 
 
+LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+"""How libtpu is to behave where there is no TPU: not to ask a cloud's metadata server about one, nor to complain."""
+
+
+def expect_no_tpu() -> None:
+    """Where /dev has no TPU, keeps an installed libtpu (it compiles for TPUs elsewhere) from looking for one for a minute
+    whenever jax starts. What the environment says goes first."""
+    if not any(any(Path("/dev").glob(name)) for name in ACCELERATORS[:2]):
+        for name, value in LIBTPU.items():
+            os.environ.setdefault(name, value)
+
+
 def set_up() -> None:
     """Both of what this module does; to be called before jax has looked for devices."""
     keep_memory()
