@@ -240,7 +240,7 @@ class ComputeConfig:
     """What the backward pass recomputes: nothing, all but matmuls, or every layer whole; auto: nothing on CPU, else full."""
     layers: Literal["auto", "scan", "unroll"] = "auto"
     """Compile one layer and scan it, or every layer by itself; auto: unroll up to 12 layers on CPU, else scan."""
-    attention: Literal["auto", "reference", "blockwise", "ring"] = "auto"
+    attention: Literal["auto", "tpu", "gpu", "blockwise", "ring", "reference", "cudnn"] = "auto"
     """Attention kernel of training and evaluation; auto takes the first that can run here and says why."""
     head: Literal["auto", "full", "chunked"] = "auto"
     """Whether all logits of a micro-batch are held at once; auto decides by their size."""

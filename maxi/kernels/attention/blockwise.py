@@ -70,7 +70,7 @@ def _run(scale, q_BTNH, k_BTKH, v_BTKH, *places):
     sees = _sees(Spans(*(filled(a, NEVER) for a in places)), size, N // K)
     q_CKTH = filled(q_BTNH).reshape(B, -1, size, K, N // K, H).transpose(0, 1, 3, 4, 2, 5).reshape(len(sees.reach), K, -1, H)
     k_BKTH, v_BKTH = (filled(a).swapaxes(1, 2) for a in (k_BTKH, v_BTKH))
-    out_CKTH = _attention(scale, q_CKTH, k_BKTH, v_BKTH, sees)
+    out_CKTH: Any = _attention(scale, q_CKTH, k_BKTH, v_BKTH, sees)
     return out_CKTH.reshape(B, -1, K, N // K, size, H).transpose(0, 1, 4, 2, 3, 5).reshape(B, -1, N, H)[:, :T]
 
 
