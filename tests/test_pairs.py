@@ -55,7 +55,7 @@ def batch_of(found: PairRows, params: Any, family: Any, size: int = 0) -> dict[s
 def evaluate(name: str, family: Any, params: Any, batch: Any, attention: str = "reference") -> tuple[Any, Any]:
     """Metrics and the gradient of the mean loss."""
     objective = objectives.build("kto" if name == "kto" else "dpo", **OBJECTIVES[name])
-    logprobs = partial(decoder.logprobs, family, compute=Compute(attention=attention))
+    logprobs = decoder.Logprobs(family, Compute(attention=attention))
     totals = partial(objective.totals, logprobs)  # type: ignore[attr-defined]
 
     def mean(params: Any) -> Any:
@@ -87,7 +87,7 @@ def test_at_the_reference_dpo_is_log_2() -> None:
     family = from_hf_config(SMALL)
     params = init(family.table, jax.random.key(0))
     objective = objectives.build("dpo")
-    logprobs = partial(decoder.logprobs, family, compute=Compute(attention="blockwise"))
+    logprobs = decoder.Logprobs(family, Compute(attention="blockwise"))
     found = rows()
     # the reference from rows in another order and another kernel, as a cache of an earlier run would bring it
     batch = batch_of(found, params, family)
@@ -106,7 +106,7 @@ def test_accumulated_and_sharded_are_whole(name: str, devices: int, micro: int) 
         rate = optim.schedule(config, 2)
         optimizer = optim.optimizer(config, family.table, rate)
         objective = objectives.build(name, **OBJECTIVES[name])
-        logprobs = partial(decoder.logprobs, family, compute=Compute())
+        logprobs = decoder.Logprobs(family)
         batch = batch_of(rows(name == "kto"), init(family.table, jax.random.key(1)), family, size=8)
         with jax.set_mesh(over):
             where = step.state_shardings(family.table, optimizer, over, False)

@@ -8,7 +8,8 @@ An objective is a frozen dataclass with
 
 pure, and summing rather than averaging: the step divides once, over all devices and micro-batches, so that an
 accumulated batch gives exactly the whole batch's loss. `logprobs(params, batch)` is the model: log-probability of each
-target and log-normaliser, float32 [B, T]. What a loss must know of the whole global batch before it can be computed,
+target and log-normaliser, float32 [B, T]; `logprobs.cross_entropy(params, batch, z_loss)` is their sum weighted by
+`loss_weight`, for objectives that are one, and costs less. What a loss must know of the whole global batch before it can be computed,
 an objective says in
 
     totals(logprobs, params, batch) -> dict of scalars
@@ -32,7 +33,14 @@ from maxi.params import Tree
 __all__ = ["OBJECTIVES", "Logprobs", "Objective", "Sums", "build"]
 
 Batch = dict[str, jax.Array]
-Logprobs = Callable[[Tree, Batch], tuple[jax.Array, jax.Array]]
+
+
+class Logprobs(Protocol):
+    """The model as an objective sees it, see `maxi.models.decoder.Logprobs`."""
+
+    def __call__(self, params: Tree, batch: Batch) -> tuple[jax.Array, jax.Array]: ...
+
+    def cross_entropy(self, params: Tree, batch: Batch, z_loss: float) -> tuple[jax.Array, jax.Array, jax.Array]: ...
 
 
 class Objective(Protocol):

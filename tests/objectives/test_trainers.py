@@ -3,7 +3,7 @@
 The ids are the same on both sides; TRL collates and pads its own way, ours lie in hand-made rows of two copies a pair.
 """
 
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def batch_of(rows: Rows, labels: list[bool] | None = None) -> pairs.Batch:
 
 def ours(objective: Any, folders: tuple[Path, Path], batch: pairs.Batch) -> dict[str, float]:
     policy, reference = map(hf.load_hf, folders)
-    logprobs = partial(decoder.logprobs, policy.model)
+    logprobs = decoder.Logprobs(policy.model)
     batch = jax.tree.map(jnp.asarray, batch)
     if objective.needs_reference:
         refs = branch_logprobs(logprobs(reference.params, batch)[0], batch)
