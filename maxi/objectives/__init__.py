@@ -9,8 +9,8 @@ An objective is a frozen dataclass with
 pure, and summing rather than averaging: the step divides once, over all devices and micro-batches, so that an
 accumulated batch gives exactly the whole batch's loss. `logprobs(params, batch)` is the model: log-probability of each
 target and log-normaliser, float32 [B, T]; `logprobs.cross_entropy(params, batch, z_loss)` is their sum weighted by
-`loss_weight`, for objectives that are one, and costs less. What a loss must know of the whole global batch before it can be computed,
-an objective says in
+`loss_weight`, for objectives that are one, and costs less. What a loss must know of the whole global batch before it
+can be computed, an objective says in
 
     totals(logprobs, params, batch) -> dict of scalars
 
