@@ -19,6 +19,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
+from maxi.sharding import axes_of, restricted
+
 AXIS = "fsdp"
 ROWS = ("replica", AXIS)
 GATHERED = "gathered"
@@ -49,34 +51,24 @@ def by_rows(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Call
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["replica"] * mesh.shape[AXIS] == 1:
         return function
-    only = partial(jax.tree.map, _taken, is_leaf=lambda s: isinstance(s, PartitionSpec))
+    only = partial(jax.tree.map, partial(restricted, to=ROWS), is_leaf=lambda s: isinstance(s, PartitionSpec))
     return jax.shard_map(function, in_specs=only(in_specs), out_specs=only(out_specs), axis_names=set(ROWS), check_vma=False)
-
-
-def _taken(spec: PartitionSpec) -> PartitionSpec:
-    def keep(entry: Any) -> Any:
-        left = tuple(a for a in (entry if isinstance(entry, tuple) else (entry,)) if a in ROWS)
-        return left if len(left) > 1 else left[0] if left else None
-
-    return PartitionSpec(*map(keep, spec))
 
 
 def split_axis(spec: PartitionSpec) -> int:
     """Along which axis a weight with this sharding is split, or -1."""
-    return next((i for i, entry in enumerate(spec) if AXIS in (entry if isinstance(entry, tuple) else (entry,))), -1)
+    return next((i for i, entry in enumerate(spec) if AXIS in axes_of(entry)), -1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def whole(weight: jax.Array, axis: int, dtype: Any) -> jax.Array:
-    """The whole of a weight that is split along `axis`, in `dtype`, as which it travels; a weight that every device holds
-    stays as it is. The gradient, summed over the devices' rows in float32, is split again."""
+    """The whole of a weight that is split along `axis`, in `dtype`, as which it travels. The gradient, summed over the
+    devices' rows in float32, is split again."""
     return gathered(weight, axis, dtype)
 
 
 def gathered(weight: jax.Array, axis: int, dtype: Any) -> jax.Array:
     """`whole` without a gradient."""
-    if axis < 0:
-        return weight
     return lax.all_gather(weight.astype(dtype), AXIS, axis=axis, tiled=True)
 
 
@@ -179,15 +171,11 @@ _scan_ahead.defvjp(_ahead_fwd, _ahead_bwd)
 
 
 def summed(sums: Tree, axes: Axes | None = None) -> Tree:
-    """Every leaf added up over the devices that hold other rows. `axes`: of gradients, whose split leaves have been
-    added up over `fsdp` where they arose."""
+    """Every leaf added up over the devices that hold other rows; itself outside a region. `axes`: of gradients, whose
+    split leaves have been added up over `fsdp` where they arose."""
+    if not by_hand():
+        return sums
     if axes is None:
         return lax.psum(sums, ROWS)
-    leaves, treedef = jax.tree.flatten(sums)
-    over = [("replica",) if axis >= 0 else ROWS for axis in jax.tree.leaves(axes)]
-    for names in (ROWS, ("replica",)):
-        if names == ROWS or jax.sharding.get_abstract_mesh().shape["replica"] > 1:
-            chosen = [i for i, each in enumerate(over) if each == names]
-            for i, total in zip(chosen, lax.psum([leaves[i] for i in chosen], names), strict=True):
-                leaves[i] = total
-    return treedef.unflatten(leaves)
+    rest = ("replica",) if jax.sharding.get_abstract_mesh().shape["replica"] > 1 else ()
+    return jax.tree.map(lambda total, axis: lax.psum(total, ROWS if axis < 0 else rest), sums, axes)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from maxi import optim
 from maxi import step as steps
@@ -23,7 +23,6 @@ from maxi.models.decoder import UNROLL_AT_MOST, Compute
 from maxi.objectives import Objective
 from maxi.params import init, shardings
 from maxi.sections import ComputeConfig, OptimConfig
-from maxi.sharding import activation_spec
 from maxi.step import State
 
 
@@ -74,12 +73,8 @@ class Program:
 
     def abstract_batch(self, arrays: Mapping[str, Any], rows: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and shardings of a global batch of `rows` rows like this one, given by its arrays."""
-
-        def like(a: Any) -> jax.ShapeDtypeStruct:
-            sharding = NamedSharding(self.devices, activation_spec("B"))
-            return jax.ShapeDtypeStruct((rows, *a.shape), a.dtype, sharding=sharding)
-
-        return {name: like(a) for name, a in arrays.items()}
+        lie = steps.rows_sharding(self.devices)
+        return {name: jax.ShapeDtypeStruct((rows, *a.shape), a.dtype, sharding=lie) for name, a in arrays.items()}
 
 
 def build(

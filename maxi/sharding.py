@@ -7,14 +7,14 @@ arrays are split over those already and only the others count.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from maxi.dims import DIMS
+from maxi.dims import DIMS, MESH_AXES
 from maxi.errors import ConfigError
 
 WEIGHTS: dict[str, str] = {"N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
@@ -58,14 +58,23 @@ def _does_not_divide(what: str, axis: str, mesh: Mesh | AbstractMesh) -> ConfigE
 
 def activation_spec(dims: str) -> PartitionSpec:
     """How an activation with these dimensions is split, over the axes that nobody took by hand."""
-    manual = set(jax.sharding.get_abstract_mesh().manual_axes)
+    left = set(MESH_AXES) - set(jax.sharding.get_abstract_mesh().manual_axes)
+    return restricted(PartitionSpec(*map(ACTIVATIONS.get, dims)), left)
 
-    def axes(letter: str) -> Any:
-        named = ACTIVATIONS.get(letter, ())
-        left = tuple(axis for axis in ((named,) if isinstance(named, str) else named) if axis not in manual)
+
+def axes_of(entry: Any) -> tuple[str, ...]:
+    """The mesh axes that one dimension is split over, by its entry of a `PartitionSpec`."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def restricted(spec: PartitionSpec, to: Collection[str]) -> PartitionSpec:
+    """What a spec says of the axes in `to`."""
+
+    def keep(entry: Any) -> Any:
+        left = tuple(axis for axis in axes_of(entry) if axis in to)
         return left if len(left) > 1 else left[0] if left else None
 
-    return PartitionSpec(*map(axes, dims))
+    return PartitionSpec(*map(keep, spec))
 
 
 def constrain(array: jax.Array, dims: str) -> jax.Array:
@@ -107,5 +116,4 @@ def shards(letter: str) -> int:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return 1
-    spec = activation_spec(letter)[0]
-    return math.prod(mesh.shape[axis] for axis in ((spec,) if isinstance(spec, str) else spec or ()))
+    return math.prod(mesh.shape[axis] for axis in axes_of(activation_spec(letter)[0]))

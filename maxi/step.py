@@ -69,9 +69,14 @@ def new_state(params: Tree, optimizer: optax.GradientTransformation, where: Stat
     return jax.jit(lambda params: make_state(params, optimizer, ema), out_shardings=where)(params)
 
 
+def rows_sharding(mesh: Mesh) -> NamedSharding:
+    """Where every array [B, ...] of a batch lies."""
+    return NamedSharding(mesh, activation_spec("B"))
+
+
 def put(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
     """This process's rows of a global batch, [B, ...] numpy, onto the devices that hold them."""
-    rows = NamedSharding(mesh, activation_spec("B"))
+    rows = rows_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(rows, value) for name, value in batch.items()}
 
 
@@ -94,7 +99,7 @@ def make_step(
 
     def sums_and_gradient(params: Tree, batch: Batch) -> tuple[Sums, Tree]:
         sums, grads = _accumulate(loss, totals, params, batch, micro_batches)
-        return (fsdp.summed(sums), fsdp.summed(grads, axes)) if fsdp.by_hand() else (sums, grads)
+        return fsdp.summed(sums), fsdp.summed(grads, axes)
 
     specs = jax.tree.map(lambda sharding: sharding.spec, where.params)
     axes = jax.tree.map(lambda sharding: fsdp.split_axis(sharding.spec), where.params)
@@ -128,7 +133,12 @@ def make_step(
 
 def with_totals(totals: Totals | None, params: Tree, batch: Batch) -> Batch:
     """The batch as the loss takes it when it is the whole batch."""
-    return batch if totals is None else {**batch, "totals": jax.lax.stop_gradient(totals(params, batch))}  # type: ignore[dict-item]
+    return batch if totals is None else _knowing(batch, totals(params, batch))
+
+
+def _knowing(batch: Batch, sums: dict[str, jax.Array]) -> Batch:
+    """The batch with what the loss has to know of all devices' rows, given this device's."""
+    return {**batch, "totals": jax.lax.stop_gradient(fsdp.summed(sums))}  # type: ignore[dict-item]
 
 
 def _accumulate(loss: Loss, totals: Totals | None, params: Tree, batch: Batch, micro_batches: int) -> tuple[Sums, Tree]:
@@ -138,12 +148,9 @@ def _accumulate(loss: Loss, totals: Totals | None, params: Tree, batch: Batch, m
         sums = loss(params, batch)
         return sums.loss, sums
 
-    def known(sums: dict[str, jax.Array]) -> Batch:
-        return {"totals": jax.lax.stop_gradient(fsdp.summed(sums) if fsdp.by_hand() else sums)}  # type: ignore[dict-item]
-
     gradient = jax.value_and_grad(total, has_aux=True)
     if micro_batches == 1:
-        (_, sums), grads = gradient(params, {**batch, **(known(totals(params, batch)) if totals else {})})
+        (_, sums), grads = gradient(params, with_totals(totals, params, batch))
         return sums, grads
 
     def split(a: jax.Array) -> jax.Array:
@@ -152,10 +159,10 @@ def _accumulate(loss: Loss, totals: Totals | None, params: Tree, batch: Batch, m
         return constrain(micros, "MBT"[: micros.ndim])
 
     micros = jax.tree.map(split, batch)
-    of_all = known(_summed(lambda micro: totals(params, micro), micros)) if totals else {}
+    known = _knowing({}, _summed(lambda micro: totals(params, micro), micros)) if totals else {}
 
     def one(micro: Batch) -> tuple[Sums, Tree]:
-        (_, sums), grads = gradient(params, {**micro, **of_all})
+        (_, sums), grads = gradient(params, {**micro, **known})
         return sums, grads
 
     return _summed(one, micros)

@@ -19,6 +19,8 @@ from maxi.kernels.dispatch import Backend
 from maxi.kernels.platform import platform
 
 EPS = 1e-6
+NO_SEGMENTS = "it ignores that rows hold several documents"
+"""Why cuDNN is not measured on packed rows."""
 
 
 @dataclass(frozen=True)
@@ -97,12 +99,12 @@ def attentions(sizes: Sizes, dtype: Any, rng: np.random.Generator) -> list[Opera
     def way(backend: Backend) -> Way:
         run = partial(_attend, backend.name)
         if backend.name == "cudnn" and sizes.documents:
-            return Way(backend.name, why_not="it ignores that rows hold several documents")
+            return Way(backend.name, why_not=NO_SEGMENTS)
         if backend.prepare is None:
             return Way(backend.name, run)
         return Way(backend.name, run, prepare=lambda given: (*given, backend.prepare(call, *given, None)))  # type: ignore[misc]
 
-    ways = [*_ways(attention.BACKENDS, lambda _: (call,), way), *_jax_attentions(sizes, dtype)]
+    ways = [*_ways(attention.BACKENDS, lambda _: (call,), way), *_jax_attentions(sizes, call)]
     rows = f"documents of {sizes.documents}" if sizes.documents else "one document"
     shape = f"{B} x {T}, {N}/{K} heads of {H}, {rows}"
     exact = partial(_attend, "reference")
@@ -124,7 +126,7 @@ def _attend(backend: str, arguments: Any, given: Any) -> jax.Array:
     )
 
 
-def _jax_attentions(sizes: Sizes, dtype: Any) -> list[Way]:
+def _jax_attentions(sizes: Sizes, call: attention.Call) -> list[Way]:
     def dot_product(implementation: str, arguments: Any, given: Any) -> jax.Array:
         segments_BT = given[1]
         mask = (segments_BT[:, None, :, None] == segments_BT[:, None, None, :]) if sizes.documents else None
@@ -148,15 +150,7 @@ def _jax_attentions(sizes: Sizes, dtype: Any) -> list[Way]:
 
         return jax.vmap(one_row)(q * jnp.asarray(sizes.H**-0.5, q.dtype), k, v, given[1]).swapaxes(1, 2)
 
-    no_cudnn = (
-        f"it is made for GPU, not {platform()}"
-        if platform() != "gpu"
-        else "it knows no segments"
-        if sizes.documents
-        else f"it computes in bfloat16 and float16, not {jnp.dtype(dtype).name}"
-        if jnp.dtype(dtype).name not in ("bfloat16", "float16")
-        else None
-    )
+    no_cudnn = attention.cudnn.why_not(call) or (NO_SEGMENTS if sizes.documents else None)
     no_splash = f"it is made for TPU, not {platform()}" if platform() != "tpu" else None
     return [
         Way("jax: dot_product_attention, XLA", partial(dot_product, "xla")),

@@ -58,9 +58,11 @@ def product_of_rows(a_BTV: jax.Array, b_BTD: jax.Array) -> jax.Array:
 
 
 def computed_once(x: jax.Array) -> jax.Array:
-    """x itself, through a dot with ones on the diagonal: XLA:CPU would else compute it anew wherever it is used, in
-    every layer and for every head, and drops optimization barriers before it fuses."""
-    return x if why_not() else dot("...d,dk->...k", x, jnp.eye(x.shape[-1], dtype=x.dtype)).astype(x.dtype)
+    """x itself, behind a barrier, or a compiler would compute it anew wherever it is used, in every layer and for every
+    head. XLA:CPU drops barriers before it fuses: there it goes through a dot with ones on the diagonal."""
+    if why_not():
+        return jax.lax.optimization_barrier(x)
+    return dot("...d,dk->...k", x, jnp.eye(x.shape[-1], dtype=x.dtype)).astype(x.dtype)
 
 
 def multiplies_bfloat16(info: str) -> bool:

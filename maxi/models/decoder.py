@@ -76,10 +76,8 @@ def hidden(
     """Final hidden states [B, T, D] in `compute.dtype` of packed rows; tokens, positions, segments int32 [B, T], and
     where answers share prompts contexts too (see `maxi.kernels.attention`)."""
     x_BTD = _embed(model, params, tokens_BT, compute)
-    # behind a barrier, or the compiler computes the angles again in every layer
-    cos, sin = jax.lax.optimization_barrier(cos_sin(model.rope, positions_BT))
     prepared = _prepare(model, positions_BT, segments_BT, contexts_BT, compute)
-    places = _Places(cos, sin, positions_BT, segments_BT, contexts_BT, prepared)
+    places = _Places(*cos_sin(model.rope, positions_BT), positions_BT, segments_BT, contexts_BT, prepared)
     axes = split_axes(model.table)
     for block in blocks(model.layers):
         if compute.unroll or block.repeats == 1:
@@ -197,8 +195,6 @@ def _windows(model: Model) -> tuple[int | None, ...]:
 def _prepare(
     model: Model, positions_BT: jax.Array, segments_BT: jax.Array, contexts_BT: jax.Array | None, compute: Compute
 ) -> tuple[Any, ...]:
-    if shards("B") > 1:  # each device prepares its own rows, where they are its own
-        return (None,) * len(_windows(model))
     sizes = model.table.sizes
     heads = (sizes["N"], sizes["K"], sizes["H"])
     places = (positions_BT, segments_BT, contexts_BT)

@@ -17,17 +17,10 @@ import sys
 import time
 from typing import Any
 
+from rows import MODEL
+
 SHAPES: dict[str, dict[str, Any]] = {
-    "26m": {
-        "model_type": "qwen3",
-        "vocab_size": 6400,
-        "hidden_size": 512,
-        "intermediate_size": 1408,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-    },
+    "26m": {**MODEL, "model_type": "qwen3"},
     "0.5b": {
         "model_type": "qwen2",
         "vocab_size": 151936,
@@ -36,9 +29,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 24,
         "num_attention_heads": 14,
         "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": True,
     },
 }
-COMMON = {"max_position_embeddings": 4096, "tie_word_embeddings": True, "rope_theta": 1e6, "rms_norm_eps": 1e-6}
 DTYPES = ("float32", "bfloat16")
 
 
@@ -93,7 +88,7 @@ def _transformers(options: argparse.Namespace, dtype: str) -> dict[str, float]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    fields = dict(SHAPES[options.shape] | COMMON)
+    fields = dict(SHAPES[options.shape])
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     model = AutoModelForCausalLM.from_config(config).float().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
@@ -126,7 +121,7 @@ def _maxi(options: argparse.Namespace, dtype: str) -> dict[str, float]:
     from maxi.params import init
     from maxi.sections import ComputeConfig, MeshConfig, OptimConfig
 
-    model = from_hf_config(SHAPES[options.shape] | COMMON)
+    model = from_hf_config(SHAPES[options.shape])
     compute = ComputeConfig(dtype=dtype)  # type: ignore[arg-type]
     optim = OptimConfig(lr=1e-4, weight_decay=0.0)
     devices = mesh.build(MeshConfig())

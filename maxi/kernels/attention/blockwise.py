@@ -15,17 +15,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from maxi.kernels.attention.reference import MASKED
-from maxi.kernels.attention.spans import NEVER, Spans, spans
+from maxi.kernels.attention.reference import LOWEST, MASKED
+from maxi.kernels.attention.spans import Spans, pad, spans
 from maxi.kernels.cpu import dot
 from maxi.kernels.platform import platform
 from maxi.sharding import local, shards
 
 MIN_BLOCK, MAX_BLOCKS = 128, 16
 """Blocks below 128 queries lose more in matmul efficiency than they skip; more than 16 only compile longer."""
-
-LOWEST = -1e20
-"""No score that counts is below it, and it is so far above MASKED that exp(MASKED - LOWEST) is zero."""
 
 
 def why_not(call: Any) -> str | None:
@@ -67,17 +64,16 @@ def _run(scale, q_BTNH, k_BTKH, v_BTKH, *places):
     K = k_BTKH.shape[2]
     size = min(T, max(MIN_BLOCK, -(-T // MAX_BLOCKS)))
     filled = partial(_filled, -(-T // size) * size)
-    sees = _sees(Spans(*(filled(a, NEVER) for a in places)), size, N // K)
+    sees = _sees(pad(Spans(*places), -(-T // size) * size), size, N // K)
     q_CKTH = filled(q_BTNH).reshape(B, -1, size, K, N // K, H).transpose(0, 1, 3, 4, 2, 5).reshape(len(sees.reach), K, -1, H)
     k_BKTH, v_BKTH = (filled(a).swapaxes(1, 2) for a in (k_BTKH, v_BTKH))
     out_CKTH: Any = _attention(scale, q_CKTH, k_BKTH, v_BKTH, sees)
     return out_CKTH.reshape(B, -1, K, N // K, size, H).transpose(0, 1, 4, 2, 3, 5).reshape(B, -1, N, H)[:, :T]
 
 
-def _filled(T: int, a: jax.Array, value: int = 0) -> jax.Array:
+def _filled(T: int, a: jax.Array) -> jax.Array:
     """`a` with T tokens."""
-    wanted = [(0, 0), (0, T - a.shape[1]), *[(0, 0)] * (a.ndim - 2)]
-    return a if a.shape[1] == T else jnp.pad(a, wanted, constant_values=value)
+    return a if a.shape[1] == T else jnp.pad(a, [(0, 0), (0, T - a.shape[1]), *[(0, 0)] * (a.ndim - 2)])
 
 
 def _sees(seen: Spans, size: int, G: int) -> _Sees:

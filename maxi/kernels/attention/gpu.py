@@ -28,8 +28,8 @@ from jax.experimental.pallas import triton as plgpu
 from maxi import sharding
 from maxi.kernels import platform
 from maxi.kernels.attention.reference import MASKED
-from maxi.kernels.attention.spans import NEVER, Spans, spans
-from maxi.kernels.attention.work import broken, pad
+from maxi.kernels.attention.spans import NEVER, Spans, pad, spans
+from maxi.kernels.attention.work import broken
 
 FLOOR = 0.5 * MASKED
 """The running maximum begins here, above every masked score and below every other: what is masked weighs exp(-inf)."""

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 
 MASKED = -1e30
 """Stands for minus infinity: a row with no visible key stays finite and is zeroed afterwards."""
+LOWEST = -1e20
+"""No score that counts is below it, and it is so far above MASKED that exp(MASKED - LOWEST) is zero."""
 
 
 def why_not(call: Any) -> str | None:  # noqa: ARG001

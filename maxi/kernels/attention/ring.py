@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from maxi.kernels.attention.reference import MASKED, visible
+from maxi.kernels.attention.spans import NEVER
 from maxi.sharding import constrain, local, shards
 
 AXIS = "context"
@@ -27,9 +28,6 @@ BLOCK = 512
 
 NARROW = 8
 """Columns of ones that sum weights; one column XLA would turn back into a sum."""
-
-NEVER = 1 << 30
-"""The beginning of nothing: no segment and no position is as large."""
 
 Places = tuple[jax.Array, ...]
 """Positions and segments, of queries also contexts where there are any."""

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 NEVER = 1 << 30
-"""The beginning of an empty span: no token stands there."""
+"""The beginning of what is empty: no place, position or segment is as large."""
 
 
 class Spans(NamedTuple):
@@ -45,3 +45,14 @@ def spans(
         first = jnp.maximum(first, last - reach)
     seen = (contexts_BT != 0) & (segments_BT != 0) & (last >= 0) & (first <= last)
     return own._replace(context_first=jnp.where(seen, first, NEVER), context_last=jnp.where(seen, last, -1))
+
+
+def pad(seen: Spans, T: int) -> Spans:
+    """The spans of rows made `T` long: what is added sees nothing."""
+    more = ((0, 0), (0, T - seen.first.shape[1]))
+
+    def longer(x: jax.Array | None, empty: int) -> jax.Array | None:
+        return None if x is None else jnp.pad(x, more, constant_values=empty)
+
+    first = jnp.pad(seen.first, more, constant_values=NEVER)
+    return Spans(first, longer(seen.context_first, NEVER), longer(seen.context_last, -1))

@@ -25,13 +25,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from maxi import sharding
 from maxi.kernels.attention import tpu_blocks, work
-from maxi.kernels.attention.spans import Spans, spans
+from maxi.kernels.attention.reference import LOWEST, MASKED
+from maxi.kernels.attention.spans import Spans, pad, spans
 from maxi.kernels.attention.tpu_blocks import Sizes
 from maxi.kernels.attention.work import Work
 from maxi.kernels.platform import interpret, platform, runs_on
 
-MASKED, LOWEST = -1e30, -1e20
-"""Stand for minus infinity: a masked score lies so far below the lowest maximum that its probability is exactly 0."""
 LEAST = 1e-30
 """Stands for the normaliser of a query that sees nothing; its sums are 0."""
 LOG2E = math.log2(math.e)
@@ -157,7 +156,7 @@ def _heads_first(x_BTNH: jax.Array, K: int, padded: int) -> jax.Array:
 def _prepare(sizes: Sizes, window, positions_BT, segments_BT, contexts_BT) -> Prepared:
     seen = spans(positions_BT, segments_BT, contexts_BT, window)
     faults = work.broken(positions_BT, segments_BT, contexts_BT, seen)
-    seen = work.pad(seen, sizes.T)
+    seen = pad(seen, sizes.T)
     blocks = sizes.blocks
     forward = work.seen_blocks(seen, blocks.q_forward, blocks.k_forward)
     backward = work.seen_blocks(seen, blocks.q_backward, blocks.k_backward)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from maxi.kernels.attention.spans import NEVER, Spans
+from maxi.kernels.attention.spans import Spans
 
 FIRST, LAST, SEEN, BROKEN = 1, 2, 4, 8
 """Flags of an entry: begins and ends its group (what one output block is accumulated over), has something to see, and
@@ -148,14 +148,3 @@ def broken(positions_BT: jax.Array, segments_BT: jax.Array, contexts_BT: jax.Arr
     has = (contexts_BT != 0) & real & (seen.context_last >= 0)
     last = jnp.take_along_axis(positions_BT, jnp.maximum(seen.context_last, 0), 1)
     return wrong | (has & ((seen.context_last >= begin) | (last >= positions_BT))).any(1)
-
-
-def pad(seen: Spans, T: int) -> Spans:
-    """The spans of rows made `T` long: what is added sees nothing."""
-    more = ((0, 0), (0, T - seen.first.shape[1]))
-
-    def longer(x: jax.Array | None, empty: int) -> jax.Array | None:
-        return None if x is None else jnp.pad(x, more, constant_values=empty)
-
-    first = jnp.pad(seen.first, more, constant_values=NEVER)
-    return Spans(first, longer(seen.context_first, NEVER), longer(seen.context_last, -1))
