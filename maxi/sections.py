@@ -242,8 +242,9 @@ class ComputeConfig:
     """Compile one layer and scan it, or every layer by itself; auto: unroll up to 12 layers on CPU, else scan."""
     attention: Literal["auto", "tpu", "gpu", "blockwise", "ring", "reference", "cudnn"] = "auto"
     """Attention kernel of training and evaluation; auto takes the first that can run here and says why."""
-    head: Literal["auto", "full", "chunked"] = "auto"
-    """Whether all logits of a micro-batch are held at once; auto decides by their size."""
+    head: Literal["auto", "split", "full", "chunked"] = "auto"
+    """The vocabulary split over fsdp, all logits of a micro-batch held at once, or slices of them; auto: the first that can,
+    full up to 512 MiB of logits a device."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

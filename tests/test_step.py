@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from maxi import mesh, objectives, optim, step
+from maxi.errors import ConfigError
 from maxi.models import decoder, from_hf_config
 from maxi.models.decoder import Compute
 from maxi.params import init
@@ -108,6 +109,16 @@ def test_accumulated_is_whole(single, micro: int) -> None:
 )
 def test_sharded_is_single(single, devices: int, axes: dict[str, int]) -> None:
     assert_same(single, train(devices=devices, axes=axes), 1e-5)
+
+
+@pytest.mark.parametrize("head", ["full", "chunked"])
+def test_a_head_by_name_is_taken_under_fsdp_too(single, head: str) -> None:
+    assert_same(single, train(devices=4, head=head), 1e-5)
+
+
+def test_a_head_that_nothing_splits_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'split' cannot run: not split, the head is not split by vocabulary over fsdp"):
+        train(head="split")
 
 
 @pytest.mark.parametrize("opt", ["adamw", "muon"])

@@ -162,7 +162,7 @@ class Logprobs:
         h_BTD = hidden(self.model, params, batch["tokens"], *places, self.compute, batch.get("contexts"))
         name, dtype = "embed" if self.model.tied else "lm_head", self.compute.dtype
         axis = split_axes(self.model.table)[name]
-        if fsdp.by_hand() and axis == 0 and shards("T") == 1:
+        if fsdp.by_hand() and axis == 0 and shards("T") == 1 and self.compute.head in ("auto", "split"):
             return h_BTD, params[name].astype(dtype), True
         return h_BTD, fsdp.all_whole(params[name], axis, dtype).astype(dtype), False
 
