@@ -1,5 +1,6 @@
 """Continuations are those of transformers; a row depends on nothing but its prompt; filters keep the same tokens."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from functools import partial
@@ -102,9 +103,8 @@ def test_end_of_sequence_is_that_of_transformers(pair: tuple[Any, Loaded]) -> No
     assert min(map(len, expected)) < len(got[0]), "some row had to wait"
 
 
-def test_decoding_gives_the_logits_of_one_pass(pair: tuple[Any, Loaded], monkeypatch: pytest.MonkeyPatch) -> None:
-    """decode = prefill, in f32: what the steps chose from is what the whole sequence at once says."""
-    _, ours = pair
+def decoded(loaded: Loaded, monkeypatch: pytest.MonkeyPatch, count: int) -> tuple[np.ndarray, list[list[int]]]:
+    """The logits [T, B, V] that each step chose from, and what it chose."""
     seen: list[np.ndarray] = []
     choose = generation._choose
 
@@ -113,11 +113,29 @@ def test_decoding_gives_the_logits_of_one_pass(pair: tuple[Any, Loaded], monkeyp
         return choose(how, eos_ids, logits_BV, rows)
 
     monkeypatch.setattr(generation, "_choose", spy)
-    got = made(ours, RAGGED, max_new_tokens=20)
-    decoded_TBV = np.stack(seen)
+    got = made(loaded, RAGGED, max_new_tokens=count)
+    return np.stack(seen), got
+
+
+def test_decoding_gives_the_logits_of_one_pass(pair: tuple[Any, Loaded], monkeypatch: pytest.MonkeyPatch) -> None:
+    """decode = prefill, in f32: what the steps chose from is what the whole sequence at once says."""
+    _, ours = pair
+    decoded_TBV, got = decoded(ours, monkeypatch, 20)
     for row, prompt in enumerate(RAGGED):
         whole = logits(ours, [[*prompt, *got[row][:-1]]])[0, len(prompt) - 1 :]
         np.testing.assert_allclose(decoded_TBV[:, row], whole, atol=2e-5 * np.abs(whole).max())
+
+
+def test_decoding_in_bfloat16_errs_no_more_than_one_pass(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """decode = prefill, in bf16: both are the float32 logits of the same weights, but for rounding."""
+    low = dataclasses.replace(loaded, params=jax.tree.map(lambda w: w.astype(jnp.bfloat16), loaded.params))
+    high = dataclasses.replace(loaded, params=jax.tree.map(lambda w: w.astype(jnp.float32), low.params))
+    decoded_TBV, got = decoded(low, monkeypatch, 8)
+    for row, prompt in enumerate(RAGGED):
+        ids = [[*prompt, *got[row][:-1]]]
+        exact, whole = (logits(each, ids)[0, len(prompt) - 1 :] for each in (high, low))
+        error, allowed = (np.square(each - exact).mean() ** 0.5 for each in (decoded_TBV[:, row], whole))
+        assert 0 < error <= 2 * allowed, (row, error, allowed)
 
 
 def test_logits_are_those_of_transformers(pair: tuple[Any, Loaded]) -> None:

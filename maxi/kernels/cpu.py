@@ -11,6 +11,7 @@ widened first: the products are the same, and so is their accumulation.
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +64,17 @@ def computed_once(x: jax.Array) -> jax.Array:
     if why_not():
         return jax.lax.optimization_barrier(x)
     return dot("...d,dk->...k", x, jnp.eye(x.shape[-1], dtype=x.dtype)).astype(x.dtype)
+
+
+def kept(arrays: Any) -> Any:
+    """What a backward pass needs again (a tree), as it should be kept: bfloat16 as the integers it is stored as. In a scan
+    over layers XLA:CPU turns all that is kept so far into float32 and back for every layer otherwise."""
+    return jax.tree.map(lambda a: jax.lax.bitcast_convert_type(a, jnp.uint16) if a.dtype == jnp.bfloat16 else a, arrays)
+
+
+def restored(arrays: Any) -> Any:
+    """The inverse of `kept`; nobody keeps integers of 16 bits themselves."""
+    return jax.tree.map(lambda a: jax.lax.bitcast_convert_type(a, jnp.bfloat16) if a.dtype == jnp.uint16 else a, arrays)
 
 
 def multiplies_bfloat16(info: str) -> bool:

@@ -22,7 +22,7 @@ from maxi.kernels.swiglu import swiglu
 from maxi.models.model import Block, LayerKind, Model, blocks
 from maxi.models.rope import cos_sin
 from maxi.params import Tree, split_axes
-from maxi.sharding import constrain, einsum, local, shards
+from maxi.sharding import constrain, local, shards
 
 UNROLL_AT_MOST = 12
 """On CPU, unrolled layers run some percent faster than scanned ones; beyond this depth compiling costs more."""
@@ -44,7 +44,7 @@ class Compute:
 
 
 class Cache(NamedTuple):
-    """Keys and values [B, S, K, H] of each layer, and where each of the S slots stands; segment 0 marks a free slot."""
+    """Keys and values [B, K, S, H] of each layer, and where each of the S slots stands; segment 0 marks a free slot."""
 
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
@@ -123,7 +123,7 @@ def hidden_with_cache(
 
 def empty_cache(model: Model, B: int, S: int, dtype: Any) -> Cache:
     """A cache with S free slots."""
-    shape = (B, S, model.table.sizes["K"], model.table.sizes["H"])
+    shape = (B, model.table.sizes["K"], S, model.table.sizes["H"])
     zeros = lambda: tuple(jnp.zeros(shape, dtype) for _ in model.layers)  # noqa: E731
     places = lambda: jnp.zeros((B, S), jnp.int32)  # noqa: E731  (no buffer twice: a cache is donated whole)
     return Cache(zeros(), zeros(), places(), places())
@@ -169,8 +169,8 @@ class Logprobs:
 
 def logits(params: Tree, h_BTD: jax.Array, compute: Compute = Compute()) -> jax.Array:
     """Float32 logits [B, T, V] of hidden states."""
-    head_VD = params.get("lm_head", params["embed"]).astype(compute.dtype)
-    return einsum("BTD,VD->BTV", h_BTD, head_VD, preferred_element_type=jnp.float32)
+    head_VD = params.get("lm_head", params["embed"])
+    return linear("BTD,VD->BTV", h_BTD.astype(compute.dtype), head_VD, dtype=jnp.float32)
 
 
 def unstack(model: Model, params: Tree, dtype: Any) -> Tree:
@@ -306,11 +306,11 @@ def _attend(
     v_BSKH = _bias(linear("BTD,DKH->BTKH", h_BTD, w["w_v"]), w.get("b_v"))
     q_BTNH = rotary(q_BTNH, places.cos, places.sin, w.get("q_norm"), model.norm_eps)
     k_BSKH = rotary(k_BSKH, places.cos, places.sin, w.get("k_norm"), model.norm_eps)
-    k_positions, k_segments = places.positions_BT, places.segments_BT
+    k_positions, k_segments, kept = places.positions_BT, places.segments_BT, None
     if slots is not None:
         k_cache, v_cache, k_positions, k_segments, slot = slots
-        k_BSKH = jax.lax.dynamic_update_slice(k_cache, k_BSKH.astype(k_cache.dtype), (0, slot, 0, 0))
-        v_BSKH = jax.lax.dynamic_update_slice(v_cache, v_BSKH.astype(v_cache.dtype), (0, slot, 0, 0))
+        k_cache, v_cache = _placed(k_cache, k_BSKH, slot), _placed(v_cache, v_BSKH, slot)
+        k_BSKH, v_BSKH, kept = k_cache.swapaxes(1, 2), v_cache.swapaxes(1, 2), (k_cache, v_cache)
     a_BTNH = attention(
         q_BTNH,
         k_BSKH,
@@ -322,9 +322,14 @@ def _attend(
         q_contexts=places.contexts_BT,
         window=kind.window,
         prepared=places.prepared[_windows(model).index(kind.window)] if slots is None else None,
-        backend=compute.attention if slots is None else "reference",
+        backend=compute.attention if slots is None else "auto",
     )
-    return _bias(linear("BTNH,NHD->BTD", a_BTNH, w["w_o"]), w.get("b_o")), (k_BSKH, v_BSKH)
+    return _bias(linear("BTNH,NHD->BTD", a_BTNH, w["w_o"]), w.get("b_o")), kept
+
+
+def _placed(cache_BKSH: jax.Array, new_BTKH: jax.Array, slot: jax.Array) -> jax.Array:
+    """The cache with new keys or values in slots [slot, slot + T)."""
+    return jax.lax.dynamic_update_slice(cache_BKSH, new_BTKH.swapaxes(1, 2).astype(cache_BKSH.dtype), (0, 0, slot, 0))
 
 
 def _bias(x: jax.Array, bias: jax.Array | None) -> jax.Array:

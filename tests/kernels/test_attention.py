@@ -15,8 +15,8 @@ from maxi.errors import ConfigError
 from maxi.kernels import platform
 from maxi.kernels.attention import BACKENDS, attention
 
-ELSEWHERE = ("ring", "cudnn")
-"""They need a mesh, or a library that only a GPU has: test_attention_ring.py, test_attention_gpu.py."""
+ELSEWHERE = ("ring", "cudnn", "decode")
+"""They need a mesh, a library that only a GPU has, or a cache: test_attention_ring.py, test_attention_gpu.py, and below."""
 HERE = [backend.name for backend in BACKENDS if backend.name not in ELSEWHERE]
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -154,7 +154,8 @@ def test_bf16_errs_at_most_twice_the_reference(case: str, backend: str) -> None:
         assert np.square(got - wanted).mean() <= 4 * np.square(low - wanted).mean()
 
 
-def test_keys_in_another_order_and_number_than_queries() -> None:
+@pytest.mark.parametrize("backend", ["decode", "reference"])
+def test_keys_in_another_order_and_number_than_queries(backend: str) -> None:
     """T != S, as in decoding: what a query sees is decided by positions and segments, not by slots."""
     q, k, v, (positions, segments), _ = _inputs("packed")
     order = np.random.default_rng(0).permutation(q.shape[1])
@@ -167,6 +168,7 @@ def test_keys_in_another_order_and_number_than_queries() -> None:
         k_positions=positions[:, order],
         q_segments=segments[:, part],
         k_segments=segments[:, order],
+        backend=backend,
     )
     whole = _call(q, k, v, (positions, segments), None, "reference")
     np.testing.assert_allclose(got, whole[:, part], atol=2e-6)

@@ -10,7 +10,8 @@ Contract on training rows (every backend may rely on it): a segment is contiguou
 and a context stands before the segments that see it, its positions before theirs.
 
     reference.py   the definition
-    blockwise.py   XLA on CPU
+    blockwise.py   XLA on CPU, skipping by document
+    decode.py      XLA on CPU, new tokens over a cache
     tpu.py         Pallas on TPU, skipping by document; with work.py, its lists, and tpu_blocks.py, its sizes
     gpu.py         Pallas on GPU by way of Triton, skipping by document
     cudnn.py       cuDNN, for rows of one document, by name only
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from maxi.kernels.attention import blockwise, cudnn, gpu, reference, ring, tpu
+from maxi.kernels.attention import blockwise, cudnn, decode, gpu, reference, ring, tpu
 from maxi.kernels.dispatch import Backend, choose
 
 
@@ -46,6 +47,7 @@ BACKENDS = (
     Backend("gpu", gpu.run, gpu.why_not, gpu.prepare),
     Backend("blockwise", blockwise.run, blockwise.why_not, blockwise.prepare),
     Backend("ring", ring.run, ring.why_not),
+    Backend("decode", decode.run, decode.why_not),
     Backend("reference", reference.run, reference.why_not),
     Backend("cudnn", cudnn.run, cudnn.why_not),  # behind what runs everything: by name only
 )

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from maxi.kernels.attention.reference import LOWEST, MASKED
 from maxi.kernels.attention.spans import Spans, pad, spans
-from maxi.kernels.cpu import dot
+from maxi.kernels.cpu import dot, kept, restored
 from maxi.kernels.platform import platform
 from maxi.sharding import local, shards
 
@@ -135,11 +135,11 @@ def _fwd(scale, q_CKTH, k_BKTH, v_BKTH, sees):
         return carry, (out.astype(q.dtype), (peak + jnp.log(total))[..., 0])
 
     _, (out_CKTH, norm_CKT) = _scan(meet, k_BKTH, v_BKTH, sees, (), q_CKTH)
-    return out_CKTH, (q_CKTH, k_BKTH, v_BKTH, sees, out_CKTH, norm_CKT)
+    return out_CKTH, kept((q_CKTH, k_BKTH, v_BKTH, sees, out_CKTH, norm_CKT))
 
 
 def _bwd(scale, saved, dout_CKTH):
-    q_CKTH, k_BKTH, v_BKTH, sees, out_CKTH, norm_CKT = saved
+    q_CKTH, k_BKTH, v_BKTH, sees, out_CKTH, norm_CKT = restored(saved)
     # rowsum(dO * O) equals rowsum(P * dP), algorithm 2, line 4
     delta_CKT = (dout_CKTH.astype(jnp.float32) * out_CKTH.astype(jnp.float32)).sum(-1)
 

@@ -1,5 +1,7 @@
 """The definition: one einsum, which the compiler splits and differentiates."""
 
+from typing import Any
+
 import jax
 
 from maxi.sharding import einsum
@@ -9,6 +11,6 @@ def why_not() -> str | None:
     return None
 
 
-def run(pattern: str, x: jax.Array, w: jax.Array) -> jax.Array:
+def run(pattern: str, x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
     """See `maxi.kernels.linear.linear`."""
-    return einsum(pattern, x, w.astype(x.dtype))
+    return einsum(pattern, x, w.astype(x.dtype), preferred_element_type=None if dtype == x.dtype else dtype)

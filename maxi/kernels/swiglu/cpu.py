@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from maxi.kernels.cpu import kept, restored
 from maxi.kernels.cpu import why_not as why_not
 
 __all__ = ["run", "why_not"]
@@ -16,11 +17,11 @@ def run(gate: jax.Array, up: jax.Array) -> jax.Array:
 
 def _fwd(gate, up):
     wide = gate.astype(jnp.float32)
-    return (wide * jax.nn.sigmoid(wide) * up.astype(jnp.float32)).astype(gate.dtype), (gate, up)
+    return (wide * jax.nn.sigmoid(wide) * up.astype(jnp.float32)).astype(gate.dtype), kept((gate, up))
 
 
 def _bwd(saved, dout):
-    gate, up = saved
+    gate, up = restored(saved)
     wide, dout = gate.astype(jnp.float32), dout.astype(jnp.float32)
     sigmoid = jax.nn.sigmoid(wide)
     dgate = dout * up.astype(jnp.float32) * sigmoid * (1 + wide * (1 - sigmoid))
