@@ -152,6 +152,7 @@ def test_adamw_is_optax_on_one_flat_mean() -> None:
     family = from_hf_config(SIZES | {"tie_word_embeddings": True})
     batch = {name: jnp.asarray(value) for name, value in make_batch(0).items()}
 
+    @jax.jit
     def mean(params):
         logprob, _ = decoder.logprobs(family, params, batch)
         return -(logprob * batch["loss_weight"]).sum() / batch["loss_weight"].sum()
@@ -192,12 +193,13 @@ def test_packed_is_unpacked() -> None:
     family = from_hf_config(SIZES | WINDOWS | {"max_window_layers": 1})
     params = init(family.table, jax.random.key(1))
     batch = make_batch(3)
-    packed, _ = decoder.logprobs(family, params, {k: jnp.asarray(v) for k, v in batch.items()})
+    logprobs = jax.jit(partial(decoder.logprobs, family))
+    packed, _ = logprobs(params, {k: jnp.asarray(v) for k, v in batch.items()})
     for row in range(2):
         for segment in (1, 2, 3):
             here = batch["segments"][row] == segment
             alone = {k: jnp.asarray(v[row][here][None]) for k, v in batch.items()}
-            logprob, _ = decoder.logprobs(family, params, alone)
+            logprob, _ = logprobs(params, alone)
             np.testing.assert_allclose(packed[row][here], logprob[0], atol=2e-5)
 
 
