@@ -17,6 +17,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Axis = Annotated[int, Field(ge=-1)]
+AutoAxis = Axis | Literal["auto"]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -220,12 +221,13 @@ class OptimConfig:
 class MeshConfig:
     """How devices are arranged; one axis may be -1, which takes what the others leave."""
 
-    replica: Axis = 1
-    """Whole copies of the model, gradients averaged between them."""
+    replica: AutoAxis = "auto"
+    """Whole copies of the model, gradients added up between them; auto: one a TPU slice or node of GPUs."""
     fsdp: Axis = -1
     """Weights, gradients and optimizer state split over this many devices, and the batch with them."""
-    context: Axis = 1
-    """Every sequence split over this many devices, for rows too long for one; keys and values travel between them."""
+    context: AutoAxis = "auto"
+    """Every sequence split over this many devices, keys and values travelling between them, for rows too long for one;
+    auto: 1 unless a micro-batch has fewer rows than there are devices for them."""
     tensor: Axis = 1
     """Heads, intermediate_size and vocabulary split over this many devices."""
 

@@ -109,7 +109,7 @@ def _prepare(config: Config, run: Run) -> Job:
     """All pieces; everything that can be known to fail without compiling fails here."""
     objective = objectives.build(**asdict(config.objective))
     set_up()
-    devices = mesh.build(config.mesh)
+    devices = mesh.build(config.mesh, rows=config.batch_size // config.micro_batches, seq_len=config.seq_len)
     log.info("devices: %s", mesh.describe(devices))
     tokenizer, model = _tokenizer_and_model(config)
     _check_fit(config, tokenizer, model, devices)

@@ -153,7 +153,7 @@ def test_calls_take_turns() -> None:
         (["kernels", "--shape", "N=3", "K=2"], 2, "3 heads over 2 key/value heads"),
         (["kernels", "--json", "{tmp}/none/x.json"], 2, "the folder of --json does not exist"),
         (["step", "{config}", "--steps", "0"], 2, "--steps 0"),
-        (["step", "{config}", "batch_size=12"], 2, "batch_size 12 does not divide into 8"),
+        (["step", "{config}", "batch_size=12", "mesh.context=1"], 2, "batch_size 12 does not divide into 8"),
         (["step", "{config}", "seq_len=100000"], 2, "seq_len 100000 is over the model's max_position_embeddings"),
         (["step", "{config}", "model.config=" + json.dumps(NO_VOCABULARY)], 2, "the model's vocabulary is not said"),
     ],

@@ -62,7 +62,8 @@ def bench_step(
         raise ConfigError(what, "command line", "take at least 1 step, and documents of at least 2 tokens")
     check_writable(json_out)
     with without_cache(), _target(topology) as found:  # how long compiling takes is one of the figures
-        built = _program(config, mesh.build(config.mesh, found))
+        rows = config.batch_size // config.micro_batches
+        built = _program(config, mesh.build(config.mesh, found, rows, config.seq_len))
         report = _about(config, built, document_tokens)
         if topology is None:
             report |= _run(config, built, document_tokens, timed_steps, dump_hlo)
