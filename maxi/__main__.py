@@ -76,6 +76,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("runs", metavar="RUN", nargs="+", help="run folders, and .csv or .jsonl files of published numbers")
     command.add_argument("--out", metavar="FILE.html", help="default: RUN/report.html, for several runs ./report.html")
     command.add_argument("--png", metavar="DIR", help="folder for the curves as PNG (default: FILE_files, beside it)")
+    command.add_argument("--goodput", action="store_true", help="print what share of the time became steps instead")
+    command.add_argument("--json", metavar="OUT", help="with --goodput: write the figures to this file; - prints them alone")
 
     _add_bench(add("bench", "time kernels, or a config's training step, on the devices that are here", None))
 
@@ -259,6 +261,15 @@ def _sampling(args: argparse.Namespace) -> "Sampling":
 
 
 def _report(args: argparse.Namespace) -> None:
+    if args.goodput:
+        from maxi.goodput import run_goodput
+
+        if args.out or args.png:
+            raise ConfigError("--goodput writes no page", "command line", "leave out --out and --png")
+        run_goodput(args.runs, args.json, sys.stdout)
+        return
+    if args.json:
+        raise ConfigError("--json goes with --goodput", "command line", "add --goodput, or leave it out")
     from maxi.report import report
 
     print(report(args.runs, args.out, png=args.png))

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from maxi.errors import EnvironmentFault, NumericsError
+from maxi.events import Events
 from maxi.sections import LogConfig
 
 GIVE_UP_AFTER = 5
@@ -32,7 +33,7 @@ class Recorder:
     """Writes the records of one run, from step `start` to `total`.
 
     `tokens_per_s -> MFU` is `mfu`, or None where the device's peak is not known. `memory` gives bytes. `watch` sees the
-    metrics of every step and gives the warnings to show.
+    metrics of every step and gives the warnings to show. `events` keeps account of the time.
     """
 
     def __init__(
@@ -45,7 +46,9 @@ class Recorder:
         mfu: Callable[[float], float] | None,
         memory: Callable[[], float],
         watch: Callable[[Values], list[str]] = lambda _: [],
+        events: Events | None = None,
     ):
+        self._events = events or Events(None, config.every)
         self._every, self._total, self._mfu, self._memory, self._watch = config.every, total, mfu, memory, watch
         self._files: dict[str, IO[str]] = {
             n: (folder / f"{n}.jsonl").open("a", encoding="utf-8") for n in ("metrics", "perf", "samples")
@@ -57,6 +60,10 @@ class Recorder:
         self._screen = _Screen(start, total)
         self.tokens_per_s: list[float] = []
 
+    def begin(self) -> None:
+        """Steps come next, and the first of them compiles."""
+        self._events.stepping()
+
     def step(self, step: int, metrics: Values, data_wait: float) -> None:
         """Takes the metrics of step `step` (device scalars); writes those of the step before.
 
@@ -64,6 +71,7 @@ class Recorder:
         """
         self.drain()
         self._pending = step, metrics, data_wait
+        self._events.stepped(step, data_wait)
 
     def drain(self) -> None:
         """Waits for the pending step and writes it."""
@@ -100,11 +108,12 @@ class Recorder:
         self._screen.advance(step)
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time spent inside (evaluating, saving) is left out of tokens per second."""
+    def paused(self, what: str, step: int) -> Iterator[None]:
+        """Time spent inside (on an evaluation, a checkpoint) is left out of tokens per second."""
         self.drain()
         begin = time.monotonic()
-        yield
+        with self._events.phase(what, step=step):
+            yield
         self._window.begin += time.monotonic() - begin
 
     def evaluation(self, step: int, values: Values, samples: list[dict[str, Any]]) -> None:

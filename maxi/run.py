@@ -7,6 +7,8 @@ checkpoints/     see checkpoint.py
 metrics.jsonl    what training and evaluation computed; the same bytes whether a run was interrupted or not
 samples.jsonl    continuations of the fixed prompts
 perf.jsonl       what depends on the machine: times, tokens per second, memory
+events.jsonl     what every start spent its time on, see events.py
+stacks-P.txt     where the threads of process P were when a step took far too long, see watchdog.py
 tensorboard/     both of them as TensorBoard events
 hf/              the export
 exported.json    which step it is of
@@ -57,6 +59,10 @@ class Run:
         self.model, self.hf = self.folder / "model", self.folder / "hf"
         self.checkpoints, self.tensorboard = self.folder / "checkpoints", self.folder / "tensorboard"
         self.metrics, self.samples, self.perf = (self.folder / f"{name}.jsonl" for name in ("metrics", "samples", "perf"))
+        self.events = self.folder / "events.jsonl"
+
+    def stacks(self, process: int) -> Path:
+        return self.folder / f"stacks-{process}.txt"
 
     def evaluations(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl that measure held-out text, in order of steps."""

@@ -285,3 +285,7 @@ class LogConfig:
     """Trackers beside TensorBoard; each needs the extra of its name."""
     project: str = "maxi"
     """Project name at those trackers."""
+    stall_factor: NonNegative = 10.0
+    """A step that takes this many times the median of those before it is reported, with the stacks of all threads; 0: never."""
+    stall_seconds: Positive = 10.0
+    """What takes less is no stall, however long it is by the factor."""

@@ -9,6 +9,8 @@ Nothing here depends on the objective, the family or the number of devices.
 import json
 import logging
 import math
+import os
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from maxi import evaluate, mesh, objectives, pretrained, program, references, scores
+from maxi import __version__, evaluate, mesh, objectives, pretrained, program, references, scores
 from maxi import export as exports
 from maxi import step as steps
 from maxi.checkpoint import Checkpoints
@@ -30,6 +32,7 @@ from maxi.data.chat_template import ChatTemplate
 from maxi.data.loader import Batches, EvalRows, content_of, open_data, open_template
 from maxi.data.tokenizer import Tokenizer
 from maxi.errors import ConfigError, DataError, Preempted
+from maxi.events import Events
 from maxi.generation import complete, conversation
 from maxi.hf import Loaded
 from maxi.hf.config_json import config_fields, generation_fields
@@ -44,6 +47,7 @@ from maxi.runtime import set_up
 from maxi.signals import StopRequest
 from maxi.step import State
 from maxi.watch import Watch, too_small_for_bf16
+from maxi.watchdog import Watchdog
 
 log = logging.getLogger("maxi")
 
@@ -90,18 +94,22 @@ def train(config: Config) -> Summary:
 
     Raises a MaxiError for whatever the user can mend; Preempted, once all is saved, when a signal asked to stop.
     """
-    with claim(config) as run:
+    with claim(config) as run, Events(run.events, config.log.every, about=_life()) as events:
         job = _prepare(config, run)
         with jax.set_mesh(job.devices), StopRequest() as stop:
             checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep, config.checkpoint.background)
-            state, start = _begin(job, checkpoints)
+            with events.phase("state"):
+                state, start = _begin(job, checkpoints)
+            events.resumed(start)
             if job.objective.needs_reference:
-                _attach_reference(job, state if start == 0 else None)
-            with _recorder(job, start) as recorder:
+                with events.phase("reference"):
+                    _attach_reference(job, state if start == 0 else None)
+            with _recorder(job, start, events) as recorder, _watchdog(job, events, recorder):
                 state = _steps(job, state, start, recorder, checkpoints, stop)
             checkpoints.close()
         if config.export_hf:
-            _export(job, state)
+            with events.phase("export"):
+                _export(job, state)
         return _summary(job, recorder)
 
 
@@ -170,8 +178,10 @@ def _steps(job: Job, state: State, start: int, recorder: Recorder, checkpoints: 
     take_step = job.program.step()
     examine = _examiner(job)
     if start == 0:
-        recorder.evaluation(0, *examine(state))
+        with recorder.paused("evaluation", 0):
+            recorder.evaluation(0, *examine(state))
     batches = job.batches.iterate(start, host, hosts)
+    recorder.begin()
     for done in range(start + 1, job.total + 1):
         asked_at = time.monotonic()
         batch = next(batches)
@@ -180,17 +190,19 @@ def _steps(job: Job, state: State, start: int, recorder: Recorder, checkpoints: 
         recorder.step(done, metrics, waited)
         last = done == job.total
         if last or done % config.eval.every == 0:
-            with recorder.paused():
+            with recorder.paused("evaluation", done):
                 recorder.evaluation(done, *examine(state))
         if last or done % config.checkpoint.every == 0 or stop.asked:
-            with recorder.paused():
+            with recorder.paused("checkpoint", done):
                 recorder.flush()
                 checkpoints.save(done, state)
         if stop.asked and not last:
-            checkpoints.wait()
+            with recorder.paused("checkpoint", done):
+                checkpoints.wait()
             what = f"{stop.asked} at step {done} of {job.total}, all is saved"
             raise Preempted(what, config.run_dir, "run the same command to go on")
-    checkpoints.wait()
+    with recorder.paused("checkpoint", job.total):
+        checkpoints.wait()
     return state
 
 
@@ -310,7 +322,7 @@ def _keep_model_files(run: Run, config: Config, model: Model, tokenizer: Tokeniz
     write_whole(run.model / "config.json", json.dumps(fields, indent=2) + "\n")
 
 
-def _recorder(job: Job, start: int) -> Recorder:
+def _recorder(job: Job, start: int, events: Events) -> Recorder:
     peak = mesh.peak_flops(job.devices)
     flops = job.model.train_flops_per_token(job.batches.width)
     return Recorder(
@@ -322,7 +334,18 @@ def _recorder(job: Job, start: int) -> Recorder:
         mfu=(lambda tokens_per_s: tokens_per_s * flops / peak) if peak else None,
         memory=lambda: mesh.memory_in_use(job.devices) or process_memory(),
         watch=Watch().step,
+        events=events,
     )
+
+
+def _watchdog(job: Job, events: Events, recorder: Recorder) -> Watchdog:
+    log_config, stacks = job.config.log, job.run.stacks(jax.process_index())
+    return Watchdog(events, stacks, log_config.stall_factor, log_config.stall_seconds, recorder.say)
+
+
+def _life() -> dict[str, Any]:
+    """What is said of this start in events.jsonl."""
+    return {"maxi": __version__, "host": socket.gethostname(), "pid": os.getpid()}
 
 
 def _export(job: Job, state: State) -> None:

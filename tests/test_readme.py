@@ -214,7 +214,13 @@ def test_the_run_folder_is_that_of_the_code() -> None:
     run = Run("")
     paths = {str(path) for path in vars(run).values() if path != run.folder}
     listed = {line.split()[0].rstrip("/") for line in blocks(section("A run folder"))[0].splitlines()}
-    assert listed == paths | {"lock", "check.html", "report.html", "report_files"}  # what other commands put there
+    assert listed == paths | {
+        "lock",
+        "check.html",
+        "report.html",
+        "report_files",
+        "stacks-0.txt",
+    }  # what other commands put there
 
 
 def test_the_split_pattern_has_the_digest_that_ollama_calls_qwen2() -> None:

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from maxi.data import bpe
 from maxi.data.documents import Budget, read
+from maxi.goodput import goodput
 from maxi.run import Run
 from maxi.sections import Source
 from tests import golden
@@ -153,6 +154,11 @@ def test_killed_and_started_again_is_the_undisturbed_run(seed: int, undisturbed:
         process.communicate()
     maxi("train", config)
     assert_same_run(run, undisturbed)
+    told = goodput(run)
+    assert (told["lives"], told["steps"], told["stalls"]) == (3, STEPS, 0)
+    assert all(
+        told["seconds"][kind] > 0 for kind in ("steps", "start-up", "compile", "evaluation", "checkpoint", "export", "down")
+    )
 
 
 def test_sigterm_saves_and_exits_75(undisturbed: Path, tmp_path: Path, configure: Any) -> None:
