@@ -1,4 +1,4 @@
-"""The account of a run's time: exactly one phase at a moment, several lives, what a kill leaves; and the watchdog that reads it."""
+"""The account of a run's time: one phase at a moment, several lives, what a kill leaves; and the watchdog that reads it."""
 
 import json
 import time
