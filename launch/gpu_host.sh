@@ -46,8 +46,8 @@ print(next((cuda for cuda in (13, 12) if f"jax-cuda{cuda}-plugin" in names), 0))
 least=$((cuda == 13 ? 580 : 525))
 
 count=0
-while IFS=', ' read -r index rest; do
-  IFS=, read -r name driver total used <<<"${rest// /}"
+while IFS=, read -r index name driver total used; do
+  name=${name# } driver=${driver# } total=${total# } used=${used# }
   ((${driver%%.*} >= least)) || die 6 "driver $driver is too old for CUDA $cuda, which needs $least: update it, or pip install \"maxi[cuda12]\""
   if ((used * 20 > total)) && [[ -z $busy ]]; then
     die 6 "GPU $index ($name) has $used of $total MiB in use: \`nvidia-smi\` shows by whom; --busy trains all the same"

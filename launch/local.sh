@@ -56,7 +56,7 @@ stop() {
   STOPPING=1
   ((${#alive[@]} == 0)) || kill -TERM "${!alive[@]}" 2>/dev/null || true
 }
-trap stop TERM INT
+trap stop TERM INT HUP
 
 # One life: all processes to their ends; returns the code that tells why.
 life() {

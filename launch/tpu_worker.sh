@@ -45,7 +45,7 @@ install() {
 
 # A bucket is mounted on every worker; otherwise the folder lies on worker 0's disk, from where the others mount it.
 share() {
-  local folder endpoints number first
+  local folder endpoints number first how
   folder=$(place "$1")
   if [[ $1 == gs://* ]]; then
     mount_bucket "${1#gs://}"
@@ -59,7 +59,8 @@ share() {
   if ((number == 0)); then
     command -v exportfs >/dev/null || apt_get nfs-kernel-server
     # whoever writes, the files are this user's, whose number differs between workers
-    printf '%s 10.0.0.0/8(rw,sync,no_subtree_check,all_squash,anonuid=%s,anongid=%s)\n' "$folder" "$(id -u)" "$(id -g)" |
+    how="(rw,sync,no_subtree_check,all_squash,anonuid=$(id -u),anongid=$(id -g))"
+    printf '%s %s %s %s\n' "$folder" "10.0.0.0/8$how" "172.16.0.0/12$how" "192.168.0.0/16$how" | # private networks
       sudo tee /etc/exports.d/maxi.exports >/dev/null
     sudo exportfs -ra
     return

@@ -73,6 +73,8 @@ class Events:
         finally:
             self._phase, self._since = self._base, self._clock()
             self.note(name, seconds=self._since - began, **about)
+            if self._file is not None:
+                os.fsync(self._file)  # where the folder is a mounted bucket, it sees nothing sooner
 
     def stepping(self) -> None:
         """The loop begins: what comes next is the first step, which compiles."""

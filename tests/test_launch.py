@@ -10,10 +10,13 @@ import sys
 from collections.abc import Mapping
 from importlib.metadata import distributions
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 
+from maxi.data import bpe
+from maxi.events import read_events
 from maxi.yaml_file import read_yaml
 
 ROOT = Path(__file__).parent.parent
@@ -122,17 +125,25 @@ class World:
         }.items():
             (folder / name).write_text(text + "\n")
 
-    def run(self, script: str, *args: str, play: str = "", expect: int = 0, **environment: str) -> str:
+    def run(
+        self,
+        script: str,
+        *args: str,
+        play: str = "",
+        expect: int = 0,
+        environment: Mapping[str, str] = MappingProxyType({}),
+        timeout: int = 60,
+    ) -> str:
         """Runs a launcher; `play` is what happens to the runs, life by life. Returns its output, both streams."""
         (self.folder / "play").write_text(play)
         done = subprocess.run(
             ["bash", str(LAUNCH / script), *args],
             cwd=self.here,
-            env=self.environment | environment,
+            env={**self.environment, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=60,
+            timeout=timeout,
             check=False,
         )
         assert done.returncode == expect, done.stdout
@@ -188,6 +199,12 @@ def test_help_refusals_and_no_hyper_parameters(script: Path, world: World) -> No
     assert "which config?" in world.run(script.name, expect=2)
     assert not re.search(r"optim|batch_size|seq_len|steps=|lr=", script.read_text())
     assert world.calls(*STAND_INS) == []
+
+
+def test_the_readme_shows_every_way() -> None:
+    text = (ROOT / "README.md").read_text("utf-8").split("## Run it somewhere")[1].split("\n## ")[0]
+    for path in (*COMMANDS, LAUNCH / "skypilot.yaml", LAUNCH / "gke_jobset.yaml", LAUNCH / "Dockerfile"):
+        assert f"launch/{path.name}" in text, path.name
 
 
 @pytest.mark.parametrize("script", ["local.sh", "gpu_host.sh", "slurm.sbatch"])
@@ -263,9 +280,9 @@ def gpu_packages(world: World, cuda: int) -> dict[str, str]:
 
 def test_gpu_host_checks_and_sets_what_several_gpus_want(world: World) -> None:
     (world.folder / "gpus").write_text("".join(f"{i}, NVIDIA H100 80GB HBM3, 580.65.06, 81559, 4\n" for i in range(2)))
-    out = world.run("gpu_host.sh", "--dry-run", "configs/a.yaml", "run_dir=x", **gpu_packages(world, 13))
+    out = world.run("gpu_host.sh", "--dry-run", "configs/a.yaml", "run_dir=x", environment=gpu_packages(world, 13))
     said, *lines = out.splitlines()
-    assert said == "gpu_host.sh: 2 x NVIDIAH10080GBHBM3, driver 580.65.06, CUDA 13"
+    assert said == "gpu_host.sh: 2 x NVIDIA H100 80GB HBM3, driver 580.65.06, CUDA 13"
     assert [shlex.split(line) for line in lines] == [
         ["export", "XLA_PYTHON_CLIENT_MEM_FRACTION=0.92"],
         ["export", "XLA_FLAGS=--xla_gpu_enable_latency_hiding_scheduler=true "],
@@ -275,7 +292,8 @@ def test_gpu_host_checks_and_sets_what_several_gpus_want(world: World) -> None:
 
 
 def test_gpu_host_runs_again(world: World) -> None:
-    world.run("gpu_host.sh", "configs/a.yaml", play="75 1\n0\n", CUDA_VISIBLE_DEVICES="0", **gpu_packages(world, 12))
+    environment = {"CUDA_VISIBLE_DEVICES": "0", **gpu_packages(world, 12)}
+    world.run("gpu_host.sh", "configs/a.yaml", play="75 1\n0\n", environment=environment)
     assert len(world.calls("maxi")) == 2
     assert world.calls("nvidia-smi")[0].endswith("--format=csv,noheader,nounits --id=0")
 
@@ -284,7 +302,7 @@ def test_gpu_host_runs_again(world: World) -> None:
     ("gpus", "cuda", "words"),
     [
         ("0, NVIDIA A100, 550.54, 81559, 4", 13, "driver 550.54 is too old for CUDA 13, which needs 580"),
-        ("0, NVIDIA A100, 580.1, 81559, 40000", 13, "GPU 0 (NVIDIAA100) has 40000 of 81559 MiB in use"),
+        ("0, NVIDIA A100, 580.1, 81559, 40000", 13, "GPU 0 (NVIDIA A100) has 40000 of 81559 MiB in use"),
         ("", 13, "nvidia-smi sees no GPU"),
         ("0, NVIDIA A100, 580.1, 81559, 4", 0, "jax has no CUDA here"),
     ],
@@ -293,17 +311,20 @@ def test_gpu_host_refuses_in_one_line(gpus: str, cuda: int, words: str, world: W
     (world.folder / "gpus").write_text(gpus + "\n" * bool(gpus))
     if not cuda and any(found.metadata["Name"].lower().startswith("jax-cuda") for found in distributions()):
         pytest.skip("jax has CUDA here")
-    out = world.run("gpu_host.sh", "configs/a.yaml", expect=6, **(gpu_packages(world, cuda) if cuda else {}))
+    packages = gpu_packages(world, cuda) if cuda else {}
+    out = world.run("gpu_host.sh", "configs/a.yaml", expect=6, environment=packages)
     assert words in out and out.count("\n") == 1 and world.calls("maxi") == []
     if "in use" in words:
-        world.run("gpu_host.sh", "--busy", "configs/a.yaml", PYTHONPATH=str(world.folder / "site"))
+        world.run("gpu_host.sh", "--busy", "configs/a.yaml", environment=packages)
 
 
 # ---- Slurm ----
 
 
 def slurm(world: World, *args: str, play: str, expect: int = 0) -> str:
-    return world.run("slurm.sbatch", *args, play=play, expect=expect, SLURM_JOB_ID="7", SLURM_SUBMIT_DIR=str(ROOT))
+    return world.run(
+        "slurm.sbatch", *args, play=play, expect=expect, environment={"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(ROOT)}
+    )
 
 
 def test_slurm_asks_for_what_it_needs(world: World) -> None:
@@ -505,3 +526,29 @@ def test_skypilot_recovers_and_ends_in_the_same_line(world: World) -> None:
         *("JAX_COORDINATOR_ADDRESS=10.0.0.1:8476", "JAX_NUM_PROCESSES=2", "JAX_PROCESS_ID=1"),
     ]
     assert json.dumps(task)  # plain values throughout
+
+
+# ---- for real ----
+
+
+def test_two_processes_really_train(world: World) -> None:
+    """`local.sh -n 2` with maxi itself: one run, of which both processes told their times, that ends with an export."""
+    pytest.importorskip("maxi.processes")
+    (world.folder / "stand_ins/maxi").write_text(f'#!/bin/bash\nexec {sys.executable} -m maxi "$@"\n')
+    texts = [f"number {i} is followed by number {i + 1}, which is odd or even. " * 4 for i in range(200)]
+    (world.here / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    bpe.train(texts, 300, world.here / "tokenizer")
+    (world.here / "configs/a.yaml").write_text(
+        "{run_dir: runs/a, steps: 4, batch_size: 4, seq_len: 32, tokenizer: tokenizer, model: {config: {model_type: qwen3, "
+        "vocab_size: 300, hidden_size: 16, intermediate_size: 24, num_hidden_layers: 1, num_attention_heads: 2, head_dim: 8}}, "
+        "data: {train: [{path: text.jsonl}], cache_dir: cache}, log: {every: 2}}"
+    )
+    flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
+    environment = {"PYTHONPATH": str(ROOT), "XLA_FLAGS": flags, "XDG_CACHE_HOME": str(world.folder / "cache")}
+    out = world.run("local.sh", "-n", "2", "configs/a.yaml", "run_dir=runs/b", environment=environment, timeout=240)
+    run = world.here / "runs/b"
+    assert "2 x cpu" in out and "done: 4 steps" in out
+    losses = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in losses if "train/loss" in line] == [2, 4] and (run / "hf/model.safetensors").is_file()
+    steps = [event for event in read_events(run / "events.jsonl") if event["event"] == "steps"]
+    assert steps and all(len(event["hosts"]["step_s"]) == 2 for event in steps)
