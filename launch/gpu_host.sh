@@ -52,9 +52,9 @@ while IFS=, read -r index name driver total used; do
   if ((used * 20 > total)) && [[ -z $busy ]]; then
     die 6 "GPU $index ($name) has $used of $total MiB in use: \`nvidia-smi\` shows by whom; --busy trains all the same"
   fi
-  count=$((count + 1))
+  count=$((count + 1)) what="$name, driver $driver"
 done <<<"$gpus"
-say "$count x $name, driver $driver, CUDA $cuda"
+say "$count x $what, CUDA $cuda"
 
 # By default jax takes 75 % of the memory when it starts; nothing else runs here.
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
