@@ -5,6 +5,8 @@ import ctypes
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 log = logging.getLogger("maxi")
@@ -75,3 +77,16 @@ def keep_compiled_programs() -> None:
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     log.info("compiled programs: %s", jax.config.jax_compilation_cache_dir)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def without_cache() -> Iterator[None]:
+    """Programs are neither read from jax's cache of compiled ones nor put there."""
+    import jax
+
+    before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)

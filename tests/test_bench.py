@@ -10,8 +10,9 @@ import jax
 import numpy as np
 import pytest
 
+from maxi import aot, made_up, runtime
 from maxi.__main__ import main
-from maxi.bench import kernels, rows, step, timing
+from maxi.bench import kernels, step, timing
 from maxi.bench.operations import OPERATIONS
 from maxi.config import Config, load
 from maxi.data.loader import stack
@@ -35,7 +36,7 @@ def path(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("kind", ["documents", "conversations", "preferences", "labels"])
 def test_made_up_rows_are_packed_and_full(path: Path, kind: str) -> None:
     config = replace(load(path), seq_len=256)
-    batch = stack(rows.made_up(config, kind, 96, 40, 12))
+    batch = stack(made_up.made_up(config, kind, 96, 40, 12))
     pairs = kind in ("preferences", "labels")
     real = batch["segments"] != 0
     assert batch["tokens"].shape == (12, 512 if pairs else 256) and real.mean() > 0.8
@@ -47,9 +48,9 @@ def test_made_up_rows_are_packed_and_full(path: Path, kind: str) -> None:
 
 
 def test_lengths_have_their_mean() -> None:
-    drawn = rows.lengths(np.random.default_rng(0), 300, 3_000_000, 1 << 20)
+    drawn = made_up.lengths(np.random.default_rng(0), 300, 3_000_000, 1 << 20)
     assert abs(drawn.mean() - 300) < 15 and drawn.sum() >= 3_000_000 > drawn[:-1].sum()
-    assert rows.lengths(np.random.default_rng(0), 300, 10_000, 64).max() == 64
+    assert made_up.lengths(np.random.default_rng(0), 300, 10_000, 64).max() == 64
 
 
 def test_a_step_is_timed(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,7 +71,7 @@ def test_a_step_is_timed(path: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_mfu_is_of_the_known_peak(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     config = load(path)
-    built = step._program(config, step.mesh.build(config.mesh))
+    built = aot.program_of(config, step.mesh.build(config.mesh))
     monkeypatch.setattr(step.mesh, "peak_flops", lambda _: 1e9)
     found = step._speed(config, built, timing.Timing.of([0.5, 0.25, 1.0]), 256)
     assert found["mfu"] == pytest.approx(512 * built.model.train_flops_per_token(32) / 1e9)
@@ -169,7 +170,7 @@ def test_faults_are_one_line(argv: list[str], code: int, words: str, path: Path,
 
 
 def test_without_libtpu_there_is_no_topology(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr(step, "find_spec", lambda _: None)
+    monkeypatch.setattr(aot, "find_spec", lambda _: None)
     assert main(["bench", "step", str(path), "--topology", "v5e:4x4"]) == 6
     assert "libtpu, TPU's compiler, is not installed (--topology): pip install libtpu" in capsys.readouterr().err
 
@@ -182,11 +183,11 @@ def test_unknown_topologies_are_refused(path: Path, capsys: Any) -> None:
 
 def test_programs_are_not_cached() -> None:
     before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
-    with timing.without_cache():
+    with runtime.without_cache():
         assert not jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     assert jax.config.jax_enable_compilation_cache == before  # type: ignore[attr-defined]
 
 
 def test_the_config_is_the_shape_of_qwen3() -> None:
     config: Config = load("configs/qwen3_0.6b_pretrain.yaml")
-    assert step.count(step._model(config).table) == 596_049_920
+    assert step.count(aot.model_of(config).table) == 596_049_920

@@ -2,8 +2,7 @@
 
     kernels.py   every operation by every backend that can run here, beside jax's own
     step.py      a config's training step, timed on made-up rows or only compiled, also for hardware that is not here
-    rows.py      made-up rows of each kind
-    timing.py    clocks, and how figures are kept
+    timing.py    clocks
 
 Figures are wall time, and hold for an otherwise idle machine. Nothing is compiled from or into the cache of programs.
 """

@@ -19,9 +19,11 @@ from rich.table import Table
 
 from maxi import mesh
 from maxi.bench.operations import OPERATIONS, Operation, Sizes, Way
-from maxi.bench.timing import Timing, about_this_machine, check_writable, console, interleaved, keep, without_cache
+from maxi.bench.timing import Timing, about_this_machine, interleaved
 from maxi.errors import ConfigError
+from maxi.figures import check_writable, console, keep
 from maxi.kernels.platform import platform
+from maxi.runtime import without_cache
 from maxi.sections import MeshConfig
 
 CHECKED = 1024

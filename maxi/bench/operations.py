@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maxi.bench.rows import lengths
 from maxi.kernels import attention, linear, logprobs, norm, rotary, swiglu
 from maxi.kernels.dispatch import Backend
 from maxi.kernels.platform import platform
+from maxi.made_up import lengths
 
 EPS = 1e-6
 NO_SEGMENTS = "it ignores that rows hold several documents"

@@ -6,40 +6,31 @@ says what memory it takes there and gives the optimized program to whoever reads
 """
 
 import itertools
-import os
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import nullcontext
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from maxi import mesh, objectives, pretrained, program, runtime
+from maxi import aot, mesh
 from maxi import step as steps
-from maxi.bench.rows import made_up
-from maxi.bench.timing import Timing, about_this_machine, check_writable, clock, keep, without_cache, write
+from maxi.bench.timing import Timing, about_this_machine, clock
 from maxi.config import Config
 from maxi.data.loader import stack
-from maxi.errors import ConfigError, EnvironmentFault
-from maxi.kernels.platform import compiling_for
+from maxi.errors import ConfigError
+from maxi.figures import check_writable, keep, write
+from maxi.made_up import made_up
 from maxi.metrics import process_memory
-from maxi.models import Model
 from maxi.params import count, init
 from maxi.program import Program
+from maxi.runtime import without_cache
 
 WARM_UP = 2
 """Steps before the clock starts: the first ones allocate."""
 BATCHES = 4
 """Different batches that the steps take in turns: where attention skips by document, no two cost the same."""
-ANY_LENGTH = 10_000
-"""Steps of a run of so many epochs, which only data could tell; the schedule of the learning rate needs a number."""
-UNSAID = 1
-"""Stands for a vocabulary that the config leaves to its tokenizer."""
 
 
 def bench_step(
@@ -61,56 +52,17 @@ def bench_step(
         what = f"--steps {timed_steps} with --document-tokens {document_tokens}"
         raise ConfigError(what, "command line", "take at least 1 step, and documents of at least 2 tokens")
     check_writable(json_out)
-    with without_cache(), _target(topology) as found:  # how long compiling takes is one of the figures
+    target = nullcontext() if topology is None else aot.tpus(topology)
+    with without_cache(), target as found:  # how long compiling takes is one of the figures
         rows = config.batch_size // config.micro_batches
-        built = _program(config, mesh.build(config.mesh, found, rows, config.seq_len))
+        built = aot.program_of(config, mesh.build(config.mesh, found, rows, config.seq_len))
         report = _about(config, built, document_tokens)
         if topology is None:
             report |= _run(config, built, document_tokens, timed_steps, dump_hlo)
         else:
-            row = made_up(config, built.objective.rows, built.model.vocab_size, document_tokens, 1)[0]
-            state, batch = built.abstract_state(), built.abstract_batch(row, config.batch_size)
-            with jax.set_mesh(built.devices):
-                report |= _compile(built, state, batch, dump_hlo)[1]
+            report |= _compile(built, *aot.arguments(config, built, document_tokens), dump_hlo)[1]
     if json_out is not None:
         keep(report, json_out)
-
-
-@contextmanager
-def _target(topology: str | None) -> Iterator[Sequence[Any] | None]:
-    """The devices to compile for: those of `topology`, or None for those that are here."""
-    if topology is None:
-        yield None
-        return
-    if find_spec("libtpu") is None:
-        raise EnvironmentFault("libtpu, TPU's compiler, is not installed", "--topology", "pip install libtpu")
-    for name, value in runtime.LIBTPU.items():
-        os.environ.setdefault(name, value)
-    jax.config.update("jax_platforms", "cpu")  # nothing runs, so devices that are here can stay with whoever has them
-    from jax.experimental import topologies
-
-    try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except Exception as error:  # jax raises whatever the plugin does
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise ConfigError(f"no TPU topology {topology!r}, {first}", "--topology", "write one such as v5e:4x4") from None
-    with compiling_for("tpu"):
-        yield devices
-
-
-def _program(config: Config, devices: Any) -> Program:
-    objective = objectives.build(**asdict(config.objective))
-    model = _model(config)
-    program.check_sizes(model, devices, config.batch_size, config.seq_len, config.micro_batches)
-    total = config.steps or ANY_LENGTH
-    return program.build(model, objective, config.compute, config.optim, devices, total, config.micro_batches)
-
-
-def _model(config: Config) -> Model:
-    model = pretrained.resolve_config(config.model.init_from, config.model.config, UNSAID, {})
-    if model.vocab_size == UNSAID:
-        raise ConfigError("the model's vocabulary is not said", "model.config.vocab_size", "set it: no tokenizer is read here")
-    return model
 
 
 def _about(config: Config, built: Program, document_tokens: int) -> dict[str, Any]:
@@ -139,13 +91,9 @@ def _about(config: Config, built: Program, document_tokens: int) -> dict[str, An
 
 def _compile(built: Program, state: Any, batch: Any, dump_hlo: str | None) -> tuple[Any, dict[str, Any]]:
     """The compiled step, and what there is to say of it."""
-    start = time.perf_counter()
-    lowered = built.step().lower(state, batch)
-    traced = time.perf_counter()
-    compiled = lowered.compile()
-    done = time.perf_counter()
-    memory = memory_analysis(compiled)
-    print(f"compile: {done - start:.1f} s, of which tracing {traced - start:.1f}")
+    done = aot.compile_step(built, state, batch, keep_text=dump_hlo is not None)
+    memory = done.memory
+    print(f"compile: {done.trace_s + done.compile_s:.1f} s, of which tracing {done.trace_s:.1f}")
     arguments, temporary = memory["argument_size_in_bytes"], memory["temp_size_in_bytes"]
     results = memory["output_size_in_bytes"] - memory["alias_size_in_bytes"]  # the new state takes the place of the old
     parts = f"arguments {_size(arguments)}, temporary {_size(temporary)}, results {_size(results)}"
@@ -156,24 +104,10 @@ def _compile(built: Program, state: Any, batch: Any, dump_hlo: str | None) -> tu
     )
     print(f"memory of the program, a device: {parts}{peak}")  # on CPU XLA's peak leaves out what is temporary
     if dump_hlo is not None:
-        write(Path(dump_hlo) / "step.hlo.txt", _text(compiled))
+        write(Path(dump_hlo) / "step.hlo.txt", done.text or "")
         keep(memory, Path(dump_hlo) / "memory.json")
         print(f"program: {Path(dump_hlo) / 'step.hlo.txt'}")
-    return compiled, {"trace_s": traced - start, "compile_s": done - traced, "memory_analysis": memory}
-
-
-def _text(compiled: Any) -> str:
-    try:
-        return compiled.as_text()
-    except jax.errors.JaxRuntimeError as error:  # libtpu 0.0.52 cannot print what it compiles for v5p
-        first = str(error).splitlines()[0][:160]
-        raise EnvironmentFault(f"the compiler cannot print this program, {first}", "--dump-hlo", "leave it out") from None
-
-
-def memory_analysis(compiled: Any) -> dict[str, int]:
-    """XLA's account of a compiled program: every number of bytes in it."""
-    found = compiled.memory_analysis()
-    return {name: int(getattr(found, name)) for name in dir(found) if name.endswith("_in_bytes")}
+    return done.executable, {"trace_s": done.trace_s, "compile_s": done.compile_s, "memory_analysis": memory}
 
 
 def _size(size: float) -> str:
