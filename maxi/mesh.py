@@ -21,6 +21,7 @@ from jax.sharding import AxisType, Mesh
 
 from maxi.dims import MESH_AXES
 from maxi.errors import ConfigError
+from maxi.hardware import chip_of
 from maxi.sections import MeshConfig
 
 log = logging.getLogger("maxi")
@@ -135,26 +136,10 @@ def describe(mesh: Mesh) -> str:
     return f"{mesh.size} x {first.device_kind} ({sizes})"
 
 
-_PEAK_TFLOPS = {
-    # dense bfloat16 per jax device, from the vendors' data sheets
-    "TPU v4": 275,
-    "TPU v5 lite": 197,
-    "TPU v5e": 197,
-    "TPU v5p": 459,
-    "TPU v5": 459,
-    "TPU v6 lite": 918,
-    "TPU v6e": 918,
-    "NVIDIA A100": 312,
-    "NVIDIA H100": 989,
-    "NVIDIA H200": 989,
-}
-
-
 def peak_flops(mesh: Mesh) -> float | None:
     """Peak bfloat16 FLOP/s of all devices together; None where the kind is not known (no CPU is)."""
-    kind = mesh.devices.flat[0].device_kind
-    known = [name for name in _PEAK_TFLOPS if kind.startswith(name)]
-    return _PEAK_TFLOPS[max(known, key=len)] * 1e12 * mesh.size if known else None
+    chip = chip_of(mesh.devices.flat[0].device_kind)
+    return chip.peak * mesh.size if chip else None
 
 
 def memory_in_use(mesh: Mesh) -> float | None:
