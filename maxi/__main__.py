@@ -81,6 +81,8 @@ def parser() -> argparse.ArgumentParser:
 
     _add_bench(add("bench", "time kernels, or a config's training step, on the devices that are here", None))
 
+    _add_plan(add("plan", "whether a config fits hardware, how long it takes and what it costs, before it is paid for", _plan))
+
     command = add("tokenizer", "train a byte-level BPE tokenizer of Qwen2's kind", _tokenizer)
     command.add_argument("files", metavar="FILES", nargs="+", help="sources, as data.train takes them")
     command.add_argument("--vocab-size", type=int, required=True, help="ids in all, special tokens included")
@@ -143,6 +145,19 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
     kind.add_argument("--document-tokens", type=int, default=512, help="mean length of made-up items (default: 512)")
     kind.add_argument("--topology", metavar="NAME", help="compile for these TPUs, e.g. v5e:4x4, and run nothing")
     kind.add_argument("--dump-hlo", metavar="DIR", help="write the optimized program and its memory into this folder")
+
+
+def _add_plan(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", metavar="CONFIG.yaml", help="the configuration, as for train; no data is read")
+    command.add_argument("overrides", metavar="key=value", nargs="*", help="as for train")
+    command.add_argument("--topology", metavar="NAME", help="v5e:4x4, v5p-128, 2xv5e:16x16, h100:8 or cpu (default: cpu)")
+    command.add_argument("--search", action="store_true", help="look for the best mesh, micro_batches and remat there")
+    command.add_argument("--goal", metavar="hours=N", help="the cheapest topology that ends the run in time")
+    command.add_argument("--budget", metavar="DOLLARS", type=float, help="the cheapest topology that ends it within a budget")
+    command.add_argument("--price", metavar="DOLLARS", type=float, help="of a chip and hour, in place of the list's")
+    command.add_argument("--tokens", metavar="N", type=float, help="how many the data has, where the config says epochs")
+    command.add_argument("--json", metavar="OUT", help="write the figures to this file too")
+    command.add_argument("--dump-hlo", metavar="DIR", help="write the optimized program and its memory into this folder")
 
 
 def _add_sampling(command: argparse.ArgumentParser, max_new_tokens: int, temperature: float, top_p: float) -> None:
@@ -292,6 +307,23 @@ def _bench_step(args: argparse.Namespace) -> None:
         topology=args.topology,
         dump_hlo=args.dump_hlo,
         json_out=args.json,
+    )
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from maxi.config import load
+    from maxi.plan.command import plan
+
+    plan(
+        load(args.config, args.overrides),
+        topology=args.topology,
+        search=args.search,
+        goal=args.goal,
+        budget=args.budget,
+        price=args.price,
+        tokens=args.tokens,
+        json_out=args.json,
+        dump_hlo=args.dump_hlo,
     )
 
 

@@ -2,7 +2,7 @@
 
     make gpu-compile
 
-Needs Python 3.12, jax[cuda13] 0.12 and no GPU: XLA compiles for the chip that `h100.txtpb` describes. XLA calls the
+Needs Python 3.12, jax[cuda13] 0.12 and no GPU: XLA compiles for the chip that `maxi/plan/h100.txtpb` describes. XLA calls the
 ptxas of the pip packages; a script stands in its place that asks it to be verbose and keeps what it makes. jax's own
 Triton kernel is compiled beside ours, with keys and values repeated for every query head, as it wants them.
 
@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-HERE = Path(__file__).parent
+CHIP = Path(__file__).parents[2] / "maxi/plan/h100.txtpb"
 B, T = 8, 4096
 SPILLED = 64
 SHAPES = ((16, 8, 128, "bfloat16"), (14, 2, 64, "bfloat16"), (8, 8, 96, "bfloat16"), (8, 2, 256, "bfloat16"))
@@ -238,7 +238,7 @@ def _cudnn(mesh: Any) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--chip", type=Path, default=HERE / "h100.txtpb", help="XLA's description of the GPU")
+    parser.add_argument("--chip", type=Path, default=CHIP, help="XLA's description of the GPU")
     chosen = parser.parse_args()
     warnings.simplefilter("ignore", DeprecationWarning)
     with tempfile.TemporaryDirectory() as folder:

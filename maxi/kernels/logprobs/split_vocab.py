@@ -56,11 +56,12 @@ def _log_sum(logits_BV: jax.Array) -> jax.Array:
     peak_B = logits_BV.max(-1)
     sum_B = jnp.exp(jnp.minimum(logits_BV, EXPONENT + 10.0)).sum(-1)
     is_held = (peak_B < EXPONENT) & (peak_B > -EXPONENT)
-    return lax.cond(
-        is_held.all(),
-        lambda: jnp.log(sum_B),
-        lambda: peak_B + jnp.log(jnp.exp(logits_BV - peak_B[:, None]).sum(-1)),
-    )
+
+    def again() -> jax.Array:
+        with jax.named_scope("rarely"):  # what reads a program's time off it (`maxi plan`) leaves this branch out
+            return peak_B + jnp.log(jnp.exp(logits_BV - peak_B[:, None]).sum(-1))
+
+    return lax.cond(is_held.all(), lambda: jnp.log(sum_B), again)
 
 
 def _gradients(dz_BV: jax.Array, rows: _Rows, w_VD: jax.Array) -> tuple[jax.Array, jax.Array]:
