@@ -16,11 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from maxi import __version__
-from maxi.errors import ConfigError, EnvironmentFault, MaxiError
+from maxi.errors import ConfigError, EnvironmentFault, MaxiError, escaped, is_fault
+from maxi.paths import well_formed
 from maxi.runtime import expect_no_tpu
 
 if TYPE_CHECKING:
     from maxi.models.sampling import Sampling
+
+
+PATHS = ("config", "data", "dump_hlo", "files", "hf_dir", "html", "json", "model", "out", "png", "prompts", "run_dir", "runs")
+"""Arguments that name files or folders."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -338,14 +343,22 @@ def _tokenizer(args: argparse.Namespace) -> None:
     print(f"{made.folder}: {made.vocab_size:,} ids")
 
 
+class _Escaped(logging.Formatter):
+    """File names, samples and settings that others wrote stand in these lines too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escaped(super().format(record))
+
+
 def _set_up_logging(level: int) -> None:
     """maxi's own lines of `level` go to stdout as they are; other libraries only speak up when something is wrong."""
     lines = logging.StreamHandler(sys.stdout)
-    lines.setFormatter(logging.Formatter("%(message)s"))
+    lines.setFormatter(_Escaped("%(message)s"))
     log = logging.getLogger("maxi")
     log.handlers, log.propagate = [lines], False
     log.setLevel(level)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install torch, on stderr
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # and says of a damaged folder what our own line says
     logging.getLogger("absl").setLevel(logging.ERROR)
     logging.getLogger("orbax").setLevel(logging.ERROR)
 
@@ -354,8 +367,9 @@ def _explain(error: BaseException) -> MaxiError:
     """What to tell the user about an error that nobody foresaw."""
     if isinstance(error, MaxiError):
         return error
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-        return EnvironmentFault(error.strerror or "disk error", str(error.filename or ""), "free space or change the folder")
+    if isinstance(error, OSError) and error.errno and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT)):
+        where = " -> ".join(str(name) for name in (error.filename, error.filename2) if name)
+        return EnvironmentFault((error.strerror or "disk error").lower(), where, "check the path, its rights and the disk")
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return EnvironmentFault(
             "out of memory", type(error).__name__, "raise micro_batches, set compute.remat, or lower seq_len"
@@ -372,6 +386,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         args.overrides += rest
     elif rest:
         top.error(f"unrecognized arguments: {' '.join(rest)}")
+    for name, value in vars(args).items():
+        for text in (value if isinstance(value, list) else [value]) if name in PATHS else ():
+            try:
+                if text is not None:
+                    well_formed(text)
+            except ValueError as error:
+                top.error(f"{name}: {error}, {text[:200]!r}")
     return args
 
 
@@ -390,8 +411,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         sys.stdout = None  # type: ignore[assignment]
         return 0
-    except Exception as error:
-        if debug:
+    except BaseException as error:
+        if debug or not is_fault(error):
             raise
         fault = _explain(error)
         print(fault.line(), file=sys.stderr)

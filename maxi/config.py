@@ -36,6 +36,7 @@ from maxi.sections import (
     Natural,
     ObjectiveConfig,
     OptimConfig,
+    PathText,
     Positive,
     PretrainConfig,
     Source,
@@ -47,7 +48,7 @@ from maxi.yaml_file import read_text, read_yaml
 class Config:
     """One run. The resolved form is kept in the run folder as config.yaml."""
 
-    run_dir: str
+    run_dir: PathText
     """The folder that holds all state of the run; the same command again resumes it."""
     seed: Natural = 0
     """Seed of the first weights and of the order of the data."""
@@ -61,7 +62,7 @@ class Config:
     """Tokens per sequence."""
     micro_batches: Count = 1
     """Parts a batch is computed in, gradients summed in float32; exact, saves memory."""
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     """A folder with a tokenizer; default: the one of model.init_from."""
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
@@ -105,7 +106,11 @@ def from_tree(tree: dict[str, Any], where: str) -> Config:
     elif isinstance(tree.get("objective"), dict):
         tree["objective"] = {"name": "pretrain", **tree["objective"]}
     try:
-        config = _ADAPTER.validate_json(json.dumps(tree, default=str))  # strict JSON: mappings and lists, no other coercion
+        text = json.dumps(tree, default=str)  # strict JSON: mappings and lists, no other coercion
+    except (TypeError, ValueError) as error:  # a key that is a list, a number of thousands of digits
+        raise ConfigError(f"the config is nothing that JSON could hold, {str(error)[:80]}", where, "write plain keys") from None
+    try:
+        config = _ADAPTER.validate_json(text)
     except ValidationError as error:
         raise _explain(error, where) from None
     _check_together(config, where)
@@ -201,7 +206,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _index(node: Any, part: str, where: str) -> int:
-    if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+    if isinstance(node, list) and part.isascii() and part.isdigit() and len(part) < 10 and int(part) < len(node):
         return int(part)
     raise ConfigError(f"there is nothing at {part!r}", where, "name an existing key or list index")
 
@@ -214,6 +219,8 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
     if loc[:1] == ["objective"] and len(loc) > 2:
         del loc[1]  # which of the objectives pydantic was reading
     key = ".".join(str(part) for part in loc)
+    if first["type"] == "json_invalid":  # YAML can spell half surrogate pairs, which no file can hold
+        return ConfigError("a text in the config is not UTF-8", where, "write its characters out")
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     if first["type"] == "unexpected_keyword_argument":
         known = [name for name, _, _ in documentation()] + [f.name for f in dataclasses.fields(Config)]
@@ -227,7 +234,8 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
         return ConfigError(f"{key}.name: there is no {found.get('tag')!r}", where, f"use one of {found.get('expected_tags')}")
     given = first["input"]
     got = f"{given!r} ({type(given).__name__})" if not isinstance(given, dict | list) else f"a {type(given).__name__}"
-    return ConfigError(f"{key}: {first['msg']}, not {got[:80]}{more}", where, f"`maxi config --help` describes {key}")
+    message = first["msg"].removeprefix("Value error, ")
+    return ConfigError(f"{key}: {message}, not {got[:80]}{more}", where, f"`maxi config --help` describes {key}")
 
 
 def _check_together(config: Config, where: str) -> None:

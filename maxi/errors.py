@@ -1,8 +1,14 @@
 """The errors a user may meet, each with the exit code that schedulers and scripts act on.
 
 Contract: `maxi` prints exactly one line on stderr, `maxi: error[CODE] what (where): fix`, and exits with CODE.
-Faults of our own (broken invariants) are `assert`s and never pass through here.
+Faults of our own (broken invariants) are `assert`s and never pass through here. File names, keys and whatever else others
+wrote stand in such a line too: it is bounded, and nothing in it steers a terminal or begins another line.
 """
+
+import unicodedata
+
+LONGEST = 600
+"""Characters of each of the three parts."""
 
 
 class MaxiError(ValueError):
@@ -11,13 +17,48 @@ class MaxiError(ValueError):
     code = 1
 
     def __init__(self, what: str, where: str = "", fix: str = ""):
-        self.what, self.where, self.fix = (" ".join(str(part).split()) for part in (what, where, fix))
+        self.what, self.where, self.fix = map(_in_line, (what, where, fix))
         super().__init__(self.line())
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:  # as it travels from a worker process
+        return type(self), (self.what, self.where, self.fix)
 
     def line(self) -> str:
         where = f" ({self.where})" if self.where else ""
         fix = f": {self.fix}" if self.fix else ""
         return f"maxi: error[{self.code}] {self.what}{where}{fix}"
+
+
+def is_fault(error: BaseException) -> bool:
+    """Whether a library's own failure raised this: panics of Rust are no Exception, but no wish to stop either."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def escaped(text: str) -> str:
+    """`text` with all that is not there to be seen as an escape, but for tab and newline: controls such as \\x1b, which
+    terminals obey, marks that turn the direction of writing (CVE-2021-42574), half surrogate pairs."""
+    if text.isprintable():
+        return text
+    return "".join(c if c in "\t\n" or unicodedata.category(c) not in _UNSEEN else _escape(c) for c in text)
+
+
+_UNSEEN = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
+"""Unicode categories: controls, formatting, surrogates, the separators of lines and of paragraphs."""
+_JOINERS = "\u200c\u200d"
+"""Formatting that scripts need, and that joins emoji."""
+
+
+def _escape(c: str) -> str:
+    code = ord(c)
+    if c in _JOINERS:
+        return c
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
+
+
+def _in_line(part: object) -> str:
+    """A part of an error line; of what is too long, the beginning and the end."""
+    text = escaped(" ".join(str(part).split()))
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
 class ConfigError(MaxiError):

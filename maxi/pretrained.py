@@ -1,6 +1,5 @@
 """A MODEL argument, which everywhere may be a Hugging Face folder or a run folder, to weights in memory."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,10 @@ from maxi.checkpoint import Checkpoints, abstract_state
 from maxi.data.tokenizer import Tokenizer
 from maxi.errors import ConfigError, ModelFolderError
 from maxi.hf import Loaded
+from maxi.hf.folder import MAX_CONFIG_BYTES, parse_json
 from maxi.models import Model, from_hf_config
 from maxi.params import abstract, shardings
+from maxi.paths import read_file
 from maxi.run import Run
 
 _ROPE_FIELDS = {"rope_theta", "rope_scaling", "rope_parameters"}
@@ -89,11 +90,11 @@ def resolve_config(
     if isinstance(config, str):
         where = config
         try:
-            config = json.loads(Path(config).expanduser().read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ModelFolderError(f"cannot read the model's config, {error}", where, "name a config.json") from None
-    if not isinstance(config, dict | None):
-        raise ModelFolderError("the model's config is not a mapping", where, "name a config.json")
+            raw = read_file(Path(config).expanduser(), MAX_CONFIG_BYTES)
+        except OSError as error:
+            what = f"cannot read the model's config, {error.strerror}"
+            raise ModelFolderError(what, where, "name a config.json") from None
+        config = parse_json(raw, "the model's config", where)
     changes = config or {}
     if not _ROPE_FIELDS.isdisjoint(changes):  # these say the same thing: what is given replaces all of them but the base
         theta = fields.get("rope_theta") or (fields.get("rope_parameters") or {}).get("rope_theta")

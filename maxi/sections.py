@@ -5,11 +5,14 @@ pydantic checks types and ranges strictly. Whoever needs a section takes it from
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
+
+from maxi.paths import well_formed
 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
+PathText = Annotated[str, AfterValidator(well_formed)]
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -24,11 +27,11 @@ AutoAxis = Axis | Literal["auto"]
 class ModelConfig:
     """Which model, and where its first weights come from."""
 
-    init_from: str | None = None
+    init_from: PathText | None = None
     """A Hugging Face folder or a run folder whose weights (and tokenizer, unless named) to start from."""
-    reference: str | None = None
+    reference: PathText | None = None
     """dpo, kto: a folder of that kind whose log-probabilities to compare with; default: the weights the run starts from."""
-    config: str | dict[str, Any] | None = None
+    config: PathText | dict[str, Any] | None = None
     """A Hugging Face config.json (path), or its fields inline; with init_from, fields to change in its config."""
 
 
@@ -36,7 +39,7 @@ class ModelConfig:
 class Source:
     """One place documents come from."""
 
-    path: str
+    path: PathText
     """A .txt, .json(l) or .parquet file (or .gz, .zst), a folder, a glob, a dataset saved on disk, hf://name, python-docs,
     python-docs-preferences."""
     weight: Positive = 1.0
@@ -64,7 +67,7 @@ class DataConfig:
     """Share of training documents, chosen by the hash of their text, that is held out for evaluation instead."""
     across_documents: bool = False
     """Let attention (and positions) run on across the documents packed into one row."""
-    cache_dir: str | None = None
+    cache_dir: PathText | None = None
     """Where tokenised rows are kept; default: maxi/rows under $XDG_CACHE_HOME or ~/.cache."""
     workers: Natural = 1
     """Processes that tokenise, each with threads on all cores: more pay where reading is the slow part; 0: one per core."""

@@ -87,7 +87,8 @@ def test_refused_values(path: Path, override: str, words: str) -> None:
         ("a: [1, 2\n", r"malformed YAML, .*\(.*:\d+\)"),
         ("- 1\n", "the config is a list, not a mapping"),
         ("", "the config is empty"),
-        ("[" * 500_000, "nested too deeply"),
+        ("[" * 500_000, r"error\[2\] the YAML is nested too deeply"),
+        ("- 1\n" * 30_000, r"the YAML has over 20,000 parts \(.*config.yaml:\d+\)"),
         ("# " + "x" * (1 << 20), "over 1 MB"),
     ],
 )
@@ -109,3 +110,8 @@ def test_byte_order_mark_and_yaml_1_2_numbers(path: Path) -> None:
     path.write_bytes(b"\xef\xbb\xbf" + MINIMAL.encode() + b"optim: {lr: 1e-4, eps: 1E-9}\n")
     loaded = config.load(path)
     assert loaded.optim.lr == 1e-4 and loaded.optim.eps == 1e-9
+
+
+def test_octal_looking_numbers_are_decimal(path: Path) -> None:
+    assert config.load(path, ["seed=012"]).seed == 12
+    assert config.load(path, ["seed=0o12"]).seed == 10

@@ -93,6 +93,7 @@ def test_pickles_are_never_opened(single: Path) -> None:
         ("[1]", "not an object"),
         ('{"model_type": "qwen2", "hidden_size": 1, "hidden_size": 2}', "'hidden_size' occurs twice"),
         ('{"model_type": "qwen2", "rms_norm_eps": NaN}', "NaN"),
+        ('{"model_type": "qwen2", "rms_norm_eps": 1e999}', "1e999 is not JSON"),
         ("[" * 100_000, "config.json"),
         (" " * (1 << 20) + "{}", "over 1 MB"),
         ('{"model_type": "gpt2"}', "unsupported: model_type 'gpt2'"),

@@ -36,11 +36,13 @@ from typing import Any, NamedTuple
 
 from maxi.data.tokenizer import Tokenizer
 from maxi.errors import ConfigError, DataError, EnvironmentFault
+from maxi.paths import read_file
 
 CHATML = "chatml"
 """The word for maxi's own template."""
 SECONDS = 2.0
 """How long one conversation may take to render."""
+MAX_TEMPLATE_BYTES = 1 << 20
 _START_SECONDS = 60.0
 
 _BOOT = "import sys; sys.path += sys.argv[1:]; from maxi.data.template_worker import serve; "
@@ -263,7 +265,7 @@ def _found(tokenizer: Tokenizer, template: str | None, chatml: str) -> tuple[str
     if any(mark in template for mark in ("{{", "{%", "{#")):
         return template, "chat.template"
     try:
-        return Path(template).expanduser().read_text("utf-8"), template
+        return read_file(Path(template).expanduser(), MAX_TEMPLATE_BYTES).decode("utf-8-sig").replace("\r\n", "\n"), template
     except (OSError, ValueError) as error:
         fix = f"name a .jinja file, or write {CHATML}"
         raise ConfigError(f"the chat template cannot be read, {error}", "chat.template", fix) from None

@@ -7,6 +7,7 @@ where it finds only the latter. So both are written, and every size is, even whe
 from typing import Any
 
 from maxi.data.tokenizer import Tokenizer
+from maxi.errors import ModelFolderError
 from maxi.models import Model
 
 
@@ -62,5 +63,10 @@ def generation_fields(
 
 
 def _ends(fields: dict[str, Any]) -> set[int]:
+    """Raises ModelFolderError for what is no id."""
     found = fields.get("eos_token_id")
-    return set(found) if isinstance(found, list) else set() if found is None else {found}
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(i) is int for i in ids):
+        what = f"eos_token_id is {str(found)[:80]}"
+        raise ModelFolderError(what, "config.json or generation_config.json", "it must be an id or a list of ids")
+    return set(ids)

@@ -7,7 +7,9 @@ What the tensors mean is `importer.py`'s matter.
 """
 
 import json
+import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import numpy as np
 from safetensors import safe_open
 
 from maxi.errors import ModelFolderError
+from maxi.paths import inside, read_file
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -57,29 +60,21 @@ def model_folder(folder: str | Path) -> Path:
 
 def locate(folder: Path, name: str) -> Path:
     """The real path of a file of the folder. Raises ModelFolderError where it is missing or leads out of the folder."""
-    where = folder / name
     try:
-        home, target = folder.resolve(strict=True), where.resolve(strict=True)
-    except (OSError, RuntimeError):  # RuntimeError: links in a circle
-        raise ModelFolderError(f"{name} is missing", str(folder), "complete the download") from None
-    cached = home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs"
-    if not (cached or target.is_relative_to(home)):
-        raise ModelFolderError(f"{name} is a link out of the folder", str(where), "copy the file to where the link is")
-    if not target.is_file():
-        raise ModelFolderError(f"{name} is not a file", str(where), "complete the download")
-    return target
+        return inside(folder, name)
+    except ValueError as error:
+        fix = "copy the file to where the link is" if "link" in str(error) else "complete the download"
+        raise ModelFolderError(str(error), str(folder), fix) from None
 
 
 def read_json(folder: Path, name: str, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     """A JSON object from a file of the folder. Raises ModelFolderError, also for keys that occur twice."""
     target = locate(folder, name)
     try:
-        if target.stat().st_size > max_bytes:
-            raise ModelFolderError(f"{name} is over {max_bytes / 1e6:.0f} MB", str(folder), "this is no such file")
-        raw = target.read_bytes()
+        raw = read_file(target, max_bytes)
     except OSError as error:
         raise ModelFolderError(f"cannot read {name}, {error.strerror}", str(folder), "check the file") from None
-    return _parse(raw, name, folder)
+    return parse_json(raw, name, str(folder))
 
 
 def tensors(folder: Path) -> dict[str, Stored]:
@@ -145,7 +140,7 @@ def _header(folder: Path, name: str) -> list[Stored]:
                 raise fault("it ends within its header")
             if length > MAX_HEADER_BYTES:
                 raise fault(f"its header is over {MAX_HEADER_BYTES / 1e6:.0f} MB")
-            tree = _parse(file.read(length), name, folder)
+            tree = parse_json(file.read(length), name, str(folder))
         with safe_open(target, framework="numpy"):
             pass
     except OSError as error:
@@ -161,23 +156,27 @@ def _header(folder: Path, name: str) -> list[Stored]:
     ]
 
 
-def _parse(raw: bytes, name: str, folder: Path) -> dict[str, Any]:
-    """Strict JSON: UTF-8, no key twice, no NaN. Readers differ in which of two equal keys they take."""
+def parse_json(raw: bytes, name: str, where: str) -> dict[str, Any]:
+    """Strict JSON: UTF-8, no key twice, no NaN. Readers differ in which of two equal keys they take. Raises ModelFolderError,
+    which says the file's `name`."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         tree = dict(pairs)
         if len(tree) < len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
+            raise ValueError(f"key {Counter(key for key, _ in pairs).most_common(1)[0][0]!r} occurs twice")
         return tree
 
     def refuse(constant: str) -> Any:
         raise ValueError(f"{constant} is not JSON")
 
+    def finite(text: str) -> float:
+        number = float(text)
+        return number if math.isfinite(number) else refuse(text[:20])
+
     try:
-        tree = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=once, parse_constant=refuse)
+        tree = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=once, parse_constant=refuse, parse_float=finite)
     except (ValueError, RecursionError) as error:
-        raise ModelFolderError(f"{name} is not valid JSON, {str(error)[:200]}", str(folder), "download it again") from None
+        raise ModelFolderError(f"{name} is not valid JSON, {str(error)[:200]}", where, "download it again") from None
     if not isinstance(tree, dict):
-        raise ModelFolderError(f"{name} is a {type(tree).__name__}, not an object", str(folder), "download it again")
+        raise ModelFolderError(f"{name} is a {type(tree).__name__}, not an object", where, "download it again")
     return tree

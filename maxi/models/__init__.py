@@ -31,6 +31,6 @@ def from_hf_config(fields: Mapping[str, Any], where: str = "config.json") -> Mod
     Raises ModelFolderError for an unknown model_type and whatever the family refuses.
     """
     kind = fields.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ModelFolderError(f"unsupported: model_type {kind!r}", where, f"one of {', '.join(FAMILIES)}")
     return FAMILIES[kind](fields, where)
