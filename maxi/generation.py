@@ -257,6 +257,9 @@ def tokenizer_of(loaded: "Loaded") -> "Tokenizer":
     """Raises ModelFolderError when there is none."""
     if loaded.tokenizer is None:
         raise ModelFolderError("the model's folder has no tokenizer", str(loaded.folder), "put tokenizer.json there")
+    if loaded.tokenizer.vocab_size > loaded.model.vocab_size:
+        what = f"the tokenizer has {loaded.tokenizer.vocab_size:,} ids but the model {loaded.model.vocab_size:,}"
+        raise ModelFolderError(what, str(loaded.folder), "take the model's own tokenizer")
     return loaded.tokenizer
 
 

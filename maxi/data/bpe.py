@@ -60,8 +60,11 @@ def train(texts: Iterable[str], vocab_size: int, out: str | Path, force: bool = 
     out = Path(out).expanduser()
     if vocab_size < MIN_VOCAB:
         raise ConfigError(f"a vocabulary of {vocab_size} is too small", "vocab_size", f"take at least {MIN_VOCAB}, e.g. 8192")
-    if out.exists() and not force and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError("the tokenizer folder already exists", str(out), "name another, or pass --force")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not (out / "tokenizer.json").is_file():
+            raise ConfigError("there is something else than a tokenizer", str(out), "name another folder")
+        if not force:
+            raise ConfigError("the tokenizer folder already exists", str(out), "name another, or pass --force")
     backend = _train(texts, vocab_size)
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))

@@ -27,7 +27,7 @@ from maxi.data.documents import Budget
 from maxi.data.messages import Conversation, Labelled, Message, Preference
 from maxi.data.rows import Rows
 from maxi.data.sample_rows import PairRows, SampleRows
-from maxi.data.tokenizer import Tokenizer
+from maxi.data.tokenizer import Tokenizer, or_data_error
 from maxi.errors import DataError
 from maxi.sections import ChatConfig, Source
 
@@ -280,7 +280,7 @@ def encode(tokenizer: Tokenizer, rendered: Sequence[Rendered]) -> list[tuple[np.
 
 
 def _offsets(tokenizer: Tokenizer, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-    encodings = tokenizer.backend.encode_batch(list(texts), add_special_tokens=False)
+    encodings = or_data_error(tokenizer.backend.encode_batch, list(texts))
     return [(np.asarray(e.ids, np.int32), np.asarray(e.offsets, np.int64).reshape(-1, 2)) for e in encodings]
 
 

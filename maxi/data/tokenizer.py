@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from maxi.data import tokenizer_folder
-from maxi.errors import ConfigError, ModelFolderError
+from maxi.data import tokenizer_folder, tokenizer_trial
+from maxi.errors import ConfigError, DataError, ModelFolderError, is_fault
 
 # An unfinished UTF-8 character lacks at most three bytes, and every token brings at least one.
 _MAX_PENDING = 4
@@ -47,7 +47,10 @@ class Tokenizer:
         self.special_tokens = {t.content: i for i, t in sorted(added.items()) if t.special or i in self.eos_ids}
         self.named_tokens: dict[str, str] = dict(tokenizer.special_tokens_map)
         template = tokenizer.chat_template
-        self.chat_template: str | None = template.get("default") if isinstance(template, dict) else template
+        template = template.get("default") if isinstance(template, dict) else template
+        if not isinstance(template, str | None):
+            raise ModelFolderError("the chat template is no text", str(folder), "mend tokenizer_config.json")
+        self.chat_template: str | None = template
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
@@ -65,11 +68,18 @@ class Tokenizer:
             raise ModelFolderError(
                 "the folder holds no tokenizer", str(folder), "it needs tokenizer.json, or vocab.json and merges.txt"
             )
+        tokenizer_trial.check_files(folder)
+        file = folder / "tokenizer.json"
+        tried = tokenizer_trial.begin(file) if file.is_file() else None
         from transformers import AutoTokenizer
 
+        if tried is not None:
+            tried()
         try:
             found = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-        except Exception as error:  # a damaged folder raises whatever its parser raises
+        except BaseException as error:  # a damaged folder raises whatever its parser raises
+            if not is_fault(error):
+                raise
             what = f"transformers cannot load the tokenizer, {type(error).__name__}: {str(error)[:200]}"
             raise ModelFolderError(what, str(folder), "check tokenizer.json and tokenizer_config.json") from None
         if getattr(found, "backend_tokenizer", None) is None:
@@ -78,8 +88,7 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One int32 array of ids a text, nothing added at either end."""
-        found = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.asarray(encoding.ids, np.int32) for encoding in found]
+        return [np.asarray(ids, np.int32) for ids in encode(self.backend, list(texts))]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """The text of ids; bytes that are not UTF-8 become U+FFFD."""
@@ -147,15 +156,34 @@ class Tokenizer:
         tokenizer_folder.save(self.folder, Path(folder), self.backend, template, self.eos_id)
 
 
+def encode(backend: Any, texts: list[str]) -> list[list[int]]:
+    """The ids of texts by a `tokenizers.Tokenizer`, nothing added. Raises DataError for a text that it fails on."""
+    return [encoding.ids for encoding in or_data_error(backend.encode_batch_fast, texts)]
+
+
+def or_data_error(encode_batch: Any, texts: list[str]) -> list[Any]:
+    """What a backend's method makes of texts. Raises DataError where it fails."""
+    try:
+        return encode_batch(texts, add_special_tokens=False)
+    except BaseException as error:
+        if not is_fault(error):
+            raise
+        what = f"the tokenizer fails on a text, {type(error).__name__}: {str(error)[:200]}"
+        where = f"one of {len(texts)} that begin with {texts[0][:40]!r}" if texts else ""
+        raise DataError(what, where, "mend the tokenizer, or remove the text") from None
+
+
 def _eos_ids(folder: Path, eos_id: int) -> tuple[int, ...]:
     """generation_config.json knows all ids that end a turn; without it, the tokenizer's own."""
     path = folder / "generation_config.json"
     try:
         found = json.loads(path.read_text("utf-8")).get("eos_token_id") if path.is_file() else None
-    except (ValueError, AttributeError) as error:
+        found = [found] if isinstance(found, int) else found or []
+        if not isinstance(found, list) or not all(type(i) is int and 0 <= i < 1 << 31 for i in found):
+            raise ValueError(f"eos_token_id is {str(found)[:80]!r}")
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ModelFolderError(f"generation_config.json is damaged, {error}", str(path), "mend or remove it") from None
-    found = [found] if isinstance(found, int) else found or []
-    return tuple(dict.fromkeys([*map(int, found), eos_id]))
+    return tuple(dict.fromkeys([*found, eos_id]))
 
 
 def _kinds(part: Any) -> set[str]:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from maxi.data.tokenizer import Tokenizer
+from maxi.data.tokenizer import encode as encode_texts
 from maxi.errors import EnvironmentFault
 
 IN_PROCESS = 4 << 20
@@ -92,7 +93,7 @@ def _first(batches: Iterator[list[str]]) -> Iterator[list[str]]:
 
 
 def _join(backend: Any, texts: list[str]) -> Encoded:
-    found = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    found = encode_texts(backend, texts)
     lengths = np.fromiter(map(len, found), np.int64, len(found))
     return np.fromiter(itertools.chain.from_iterable(found), np.int32, int(lengths.sum())), lengths
 

@@ -168,7 +168,7 @@ def test_folders_that_are_no_tokenizer(tmp_path: Path, tokenizer: Tokenizer) -> 
         Tokenizer.load(tmp_path)
     shutil.copytree(tokenizer.folder, tmp_path / "cut")
     (tmp_path / "cut" / "tokenizer.json").write_bytes((tokenizer.folder / "tokenizer.json").read_bytes()[:999])
-    with pytest.raises(ModelFolderError, match="cannot load the tokenizer"):
+    with pytest.raises(ModelFolderError, match=r"the tokenizer cannot be used, .*EOF"):
         Tokenizer.load(tmp_path / "cut")
     shutil.copytree(tokenizer.folder, tmp_path / "endless")
     config = json.loads((tokenizer.folder / "tokenizer_config.json").read_text())
