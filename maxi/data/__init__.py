@@ -5,13 +5,14 @@ The path, one file a stage:
     documents.py      a source (file, folder, glob, hub name) -> documents, or records
       records.py        what a document is, and which records are refused
       streams.py        bytes and lines of plain, .gz and .zst files, within bounds
-      formats.py        .txt, .jsonl, .json and .parquet
+      formats.py        .txt, .jsonl, .json (json_text.py) and .parquet (parquet.py)
       hub.py            Hugging Face datasets, on disk or on the hub (optional package `datasets`)
       python_docs.py    the English text that every Python carries, also as questions and preferences
     messages.py       records -> conversations, preferences, labelled answers
     chat_template.py  conversations -> text, and which parts of it the model must say
       template_worker.py  what renders; for foreign templates in a child process
     tokenizer.py      text <-> ids; bpe.py trains one, chatml.jinja is its template, tokenizer_folder.py writes its files
+      tokenizer_trial.py  a child process that meets it first
     cache.py          a source -> ids, made once and memory-mapped
       texts.py          ... of documents, tokenised by workers.py
       examples.py       ... of conversations, with the mask; audit.py finds out whether it is right

@@ -32,6 +32,7 @@ from maxi.data import documents
 from maxi.data.documents import Budget
 from maxi.data.rows import Rows
 from maxi.errors import DataError, EnvironmentFault
+from maxi.paths import open_file
 from maxi.sections import Source
 
 FORMAT = 2
@@ -143,14 +144,23 @@ def _identity(source: Source, content: Content, share: float) -> dict[str, Any]:
     if source.path in documents.EMBEDDED:
         files: Any = ["python", source.path, sys.version]
     else:
-        paths = documents.files(source)
-        sizes = [file.stat().st_size for file in paths]
-        files = []
-        for file, size in zip(paths, sizes, strict=True):
-            entry = [str(file.absolute()), size]
-            files.append([*entry, _hash_file(file) if sum(sizes) <= HASHED_BYTES else file.stat().st_mtime_ns])
+        try:
+            files = _stamps(documents.files(source))
+        except OSError as error:
+            what = f"cannot read the file, {error.strerror or error}"
+            raise DataError(what, str(error.filename or source.path), "check its rights and the disk") from None
     made = {"content": content.identity(source), "limit": source.limit, "eval_share": share}
     return {"format": FORMAT, "files": files, **made}
+
+
+def _stamps(paths: Sequence[Path]) -> list[list[Any]]:
+    """What each file is known by. Raises OSError."""
+    sizes = [file.stat().st_size for file in paths]
+    files = []
+    for file, size in zip(paths, sizes, strict=True):
+        entry = [str(file.absolute()), size]
+        files.append([*entry, _hash_file(file) if sum(sizes) <= HASHED_BYTES else file.stat().st_mtime_ns])
+    return files
 
 
 def _hash(tree: Any) -> str:
@@ -158,7 +168,7 @@ def _hash(tree: Any) -> str:
 
 
 def _hash_file(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -5,16 +5,16 @@ to the budget; a file that breaks off or cannot be decoded at all is an error at
 cannot be counted.
 """
 
-import json
+import codecs
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from maxi.data import streams
-from maxi.data.records import Budget, Make, T, made, missing
+from maxi.data import json_text, parquet, streams
+from maxi.data.records import Budget, Make, T, made
 from maxi.errors import DataError
 
-MAX_JSON_BYTES = 1_000_000_000
 TEXT_PIECE = 1 << 16
 """A .txt file is cut into documents of at most about this many characters."""
 
@@ -69,70 +69,24 @@ def _texts(path: Path) -> Iterator[tuple[str, str]]:
 def read_jsonl(path: Path, make: Make[T], budget: Budget, _only: str | None) -> Iterator[T]:
     """One JSON object a line; blank lines are passed over."""
     name = str(path)
-    lines = ((raw, f"{name}:{number}") for number, raw in streams.lines(path) if raw.strip())
-    return made(lines, lambda raw, where: make(_parse(raw, where), where), budget)
+    lines = (((raw, number), f"{name}:{number}") for number, raw in streams.lines(path, blank=False) if raw.strip())
+    return made(lines, lambda line, where: make(json_text.parse(streams.decode(line[0], where), name, line[1]), where), budget)
 
 
 def read_json(path: Path, make: Make[T], budget: Budget, only: str | None) -> Iterator[T]:
-    """A list of objects, read whole (so at most MAX_JSON_BYTES); or one object a line, as many `.json` files are."""
-    held, size = [], 0
-    for piece in streams.pieces(path):
-        if not held and not piece.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-            yield from read_jsonl(path, make, budget, only)
-            return
-        held.append(piece)
-        size += len(piece)
-        if size > MAX_JSON_BYTES:
-            raise DataError("the JSON list is over 1 GB", str(path), "write one object a line into a .jsonl file")
-    raw = b"".join(held).removeprefix(b"\xef\xbb\xbf")
-    records = _parse(raw, f"{path}:1") if held else []
-    yield from made(((record, f"{path}, record {number}") for number, record in enumerate(records, 1)), make, budget)
+    """A list of objects; or one object a line, as many `.json` files are."""
+    pieces = streams.pieces(path)
+    first = next((piece for piece in pieces if piece.removeprefix(codecs.BOM_UTF8).strip()), b"")
+    if not first.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        return read_jsonl(path, make, budget, only)
+    records = json_text.elements(chain([first], pieces), path)
+    return made(((record, f"{path}, record {number}") for number, record in enumerate(records, 1)), make, budget)
 
 
 def read_parquet(path: Path, make: Make[T], budget: Budget, only: str | None) -> Iterator[T]:
     """Rows, streamed a few at a time, without columns of times; with `only`, that column alone, refused at once when it is
     not text."""
-    return made(_rows(path, only), make, budget)
-
-
-def _rows(path: Path, only: str | None) -> Iterator[tuple[Any, str]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number, name = 0, str(path)
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(256, columns=_columns(file.schema_arrow, only, name)):
-                rows = batch.to_pylist() if only is None else ({only: text} for text in batch.column(0).to_pylist())
-                for row in rows:
-                    number += 1
-                    yield row, f"{name}, row {number}"
-    except DataError:
-        raise
-    except UnicodeDecodeError:
-        column, where = "a column" if only is None else f"the column {only!r}", f"{name}, rows {number + 1} to {number + 256}"
-        raise DataError(f"{column} is not UTF-8", where, "write it again as UTF-8") from None
-    except (pa.ArrowException, OSError) as error:
-        what = f"the parquet file is truncated or damaged, {str(error)[:200]}"
-        raise DataError(what, f"{name}, after row {number}", "copy or download it again") from None
-    except (ValueError, OverflowError) as error:
-        what = f"a value cannot be read, {str(error)[:200]}"
-        raise DataError(what, f"{name}, after row {number}", "drop its column") from None
-
-
-def _columns(schema: Any, only: str | None, where: str) -> list[str]:
-    """`only`, which must be text; or all but times, which say nothing to a model and do not all fit into Python's."""
-    from pyarrow import types
-
-    if only is None:
-        return [field.name for field in schema if not types.is_temporal(field.type)]
-    if only not in schema.names:
-        raise missing(only, schema.names, where)
-    kind = schema.field(only).type
-    kind = kind.value_type if types.is_dictionary(kind) else kind
-    if not any(test(kind) for test in (types.is_string, types.is_large_string, types.is_string_view)):
-        raise DataError(f"the column {only!r} holds {kind}, not text", where, "name a column of text with field:")
-    return [only]
+    return made(parquet.rows(path, only), make, budget)
 
 
 READERS: dict[str, Reader] = {
@@ -150,18 +104,3 @@ def reader(path: Path) -> Reader | None:
     if suffixes and suffixes[-1] in streams.COMPRESSIONS:
         return READERS.get(suffixes[0]) if len(suffixes) == 2 and suffixes[0] != ".parquet" else None
     return READERS.get(suffixes[-1]) if suffixes else None
-
-
-def _parse(raw: bytes, where: str) -> Any:
-    """JSON; `where` is the file and the first line of `raw`, as in `a.json:1`."""
-    text = streams.decode(raw, where)
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        path, _, line = where.rpartition(":")
-        what, where = f"malformed JSON, {error.msg}", f"{path}:{int(line) + error.lineno - 1}:{error.colno}"
-        raise DataError(what, where, "mend it, or allow for it with data.skip_bad") from None
-    except RecursionError:
-        raise DataError("the JSON is nested too deeply", where, "remove the record") from None
-    except ValueError as error:  # a number of thousands of digits
-        raise DataError(f"malformed JSON, {str(error)[:80]}", where, "mend it, or allow for it with data.skip_bad") from None

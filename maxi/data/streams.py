@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from maxi.errors import DataError
+from maxi.paths import open_file
 
 COMPRESSIONS = (".gz", ".zst")
 MAX_LINE_BYTES = 100_000_000
 MAX_RATIO = 1000
-MAX_FREE_BYTES = 1_000_000_000
+MAX_FREE_BYTES = 100_000_000
 
 _PIECE = 1 << 20
 # One zstd block of 4 bytes may stand for 128 KB, and the decoder hands out all that its input holds: feeding it 4 KB
@@ -26,33 +27,52 @@ def pieces(path: Path) -> Iterator[bytes]:
     """The decompressed bytes of a file. Raises DataError when it cannot be read, is truncated, damaged or a bomb."""
     try:
         if path.suffix not in COMPRESSIONS:
-            with path.open("rb") as file:
+            with open_file(path) as file:
                 while piece := file.read(_PIECE):
                     yield piece
             return
         expanded = 0
         for piece, consumed in _gunzip(path) if path.suffix == ".gz" else _unzstd(path):
             expanded += len(piece)
-            if expanded > MAX_FREE_BYTES and expanded > MAX_RATIO * consumed:
-                what = f"the file expands more than {MAX_RATIO} times (so far {expanded} bytes), like a bomb"
-                raise DataError(what, f"{path}, offset {consumed}", "decompress it yourself if you trust it")
+            check_ratio(expanded, consumed, f"{path}, offset {consumed}")
             if piece:
                 yield piece
     except OSError as error:
         raise DataError(f"cannot read the file, {error.strerror or error}", str(path), "check the path and the disk") from None
 
 
-def lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines (from 1) without their newline; a leading byte-order mark is dropped. Raises as `pieces` does."""
-    tail, number = b"", 0
+def check_ratio(expanded: int, stored: int, where: str) -> None:
+    """Raises DataError for what comes to many more bytes than are stored."""
+    if expanded > MAX_FREE_BYTES and expanded > MAX_RATIO * stored:
+        what = f"the file expands more than {MAX_RATIO} times (so far {expanded} bytes), like a bomb"
+        raise DataError(what, where, "decompress it yourself if you trust it")
+
+
+def lines(path: Path, blank: bool = True) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines (from 1) without their newline; a leading byte-order mark is dropped. Raises as `pieces` does.
+
+    blank: whether lines of nothing are wanted; without, long stretches of them (there may be a hundred million in an archive
+    of a hundred kilobytes) cost nothing, though single ones may come.
+    """
+    held: list[bytes] = []  # of a line whose end has not come: joined once, since a long one comes in many pieces
+    size, number = 0, 0
     for piece in pieces(path):
-        *whole, tail = (tail + piece).split(b"\n")
-        for line in whole:
+        if not (blank or size) and not piece.strip():
+            number += piece.count(b"\n")
+            continue
+        first, *others = piece.split(b"\n")
+        held.append(first)
+        size += len(first)
+        if others:
             number += 1
-            yield number, _line(line, number, path)
-        _line(tail, number + 1, path)
-    if tail:
-        yield number + 1, _line(tail, number + 1, path)
+            yield number, _line(b"".join(held), number, path)
+            for line in others[:-1]:
+                number += 1
+                yield number, _line(line, number, path)
+            held, size = [others[-1]], len(others[-1])
+        _check_length(size, number + 1, path)
+    if size:
+        yield number + 1, _line(b"".join(held), number + 1, path)
 
 
 def decode(line: bytes, where: str) -> str:
@@ -64,17 +84,20 @@ def decode(line: bytes, where: str) -> str:
         raise DataError(what, f"{where}:{error.start + 1}", "save the file as UTF-8") from None
 
 
+def _check_length(size: int, number: int, path: Path) -> None:
+    if size > MAX_LINE_BYTES:
+        what = f"a line is over {MAX_LINE_BYTES // 1_000_000} MB"
+        raise DataError(what, f"{path}:{number}", "split it into records or lines")
+
+
 def _line(line: bytes, number: int, path: Path) -> bytes:
-    if len(line) > MAX_LINE_BYTES:
-        raise DataError(
-            f"a line is over {MAX_LINE_BYTES // 1_000_000} MB", f"{path}:{number}", "split it into records or lines"
-        )
+    _check_length(len(line), number, path)
     return line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
 
 
 def _gunzip(path: Path) -> Iterator[tuple[bytes, int]]:
     """(piece, compressed bytes read so far); members that follow each other are one stream, zero padding may end it."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         inflate, pending = zlib.decompressobj(wbits=31), b""
         while data := pending or file.read(_PIECE):
             if inflate.eof:
@@ -97,7 +120,7 @@ def _unzstd(path: Path) -> Iterator[tuple[bytes, int]]:
     def start() -> Any:
         return zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj()
 
-    with path.open("rb") as file:
+    with open_file(path) as file:
         inflate, pending, begun = start(), b"", False
         while data := pending or file.read(_ZSTD_PIECE):
             if inflate.eof:
