@@ -11,12 +11,13 @@ import logging
 import os
 import sys
 import textwrap
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from maxi import __version__
-from maxi.errors import ConfigError, EnvironmentFault, MaxiError, escaped, is_fault
+from maxi import __version__, processes
+from maxi.errors import ConfigError, EnvironmentFault, MaxiError, Preempted, escaped, is_fault
 from maxi.paths import well_formed
 from maxi.runtime import expect_no_tpu
 
@@ -197,6 +198,8 @@ def _train(args: argparse.Namespace) -> None:
 
     config = load(args.config, args.overrides)
     summary = train(config)
+    if not processes.is_first():
+        return
     parts = [f"{summary.steps} steps"]
     names = {"loss": "held-out loss", "bits_per_byte": "bits per byte", "rewards/accuracies": "accuracy"}
     for name in (name for name in names if name in summary.after):
@@ -407,15 +410,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.run(args)
     except KeyboardInterrupt:
         print("maxi: interrupted", file=sys.stderr)
+        processes.leave(130)
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         sys.stdout = None  # type: ignore[assignment]
         return 0
     except BaseException as error:
-        if debug or not is_fault(error):
+        if not is_fault(error):
             raise
         fault = _explain(error)
-        print(fault.line(), file=sys.stderr)
+        if debug:
+            traceback.print_exc()
+        else:
+            print(fault.line(), file=sys.stderr)
+        if not isinstance(fault, Preempted):  # which all processes are at once
+            processes.leave(fault.code)
         return fault.code
     return 0
 

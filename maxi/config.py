@@ -39,6 +39,7 @@ from maxi.sections import (
     PathText,
     Positive,
     PretrainConfig,
+    ProcessesConfig,
     Source,
 )
 from maxi.yaml_file import read_text, read_yaml
@@ -70,6 +71,7 @@ class Config:
     objective: ObjectiveConfig = Field(default_factory=PretrainConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
     mesh: MeshConfig = Field(default_factory=MeshConfig)
+    processes: ProcessesConfig = Field(default_factory=ProcessesConfig)
     compute: ComputeConfig = Field(default_factory=ComputeConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)

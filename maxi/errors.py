@@ -91,6 +91,12 @@ class EnvironmentFault(MaxiError):
     code = 6
 
 
+class ProcessLost(MaxiError):
+    """Another process of the run is gone. Running the same command again on all of them goes on."""
+
+    code = 75
+
+
 class Preempted(MaxiError):
     """Asked to stop; the state is saved. Running the same command again goes on."""
 

@@ -39,6 +39,7 @@ from maxi.objectives import Sums
 from maxi.params import Tree
 from maxi.pretrained import open_model
 from maxi.run import write_whole
+from maxi.sharding import fetch
 
 if TYPE_CHECKING:
     from maxi.data.chat_template import ChatTemplate
@@ -111,12 +112,13 @@ def measure(
     """loss (nats per token), perplexity, bits_per_byte (None when unknown) and tokens (predicted) over `batches`.
 
     step_fn: from `eval_step`. batches: as `maxi.data` makes them, [B, T] each, `loss_weight` deciding what counts.
-    token_bytes: int32 [V] from the tokenizer, or None. place: puts a batch on devices. Raises DataError when nothing is
+    token_bytes: int32 [V] from the tokenizer, or None. place: puts a batch on devices. Of several processes each takes
+    all batches and comes to the same figures. Raises DataError when nothing is
     predicted.
     """
     sums = _Sums()
     for batch, logprobs_BT in _ahead(step_fn, params, batches, place):
-        nats_BT = -np.asarray(logprobs_BT, np.float64)
+        nats_BT = -fetch(logprobs_BT).astype(np.float64)
         weight_BT = np.asarray(batch["loss_weight"], np.float64)
         counts = weight_BT > 0
         sums.add(nats_BT[counts], weight_BT[counts], _bytes_of(batch["targets"][counts], token_bytes))

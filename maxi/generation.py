@@ -26,7 +26,7 @@ from maxi.models import Model, decoder
 from maxi.models.decoder import Cache, Compute
 from maxi.models.sampling import NOT_FINITE, NOTHING, Sampling, choose, row_keys
 from maxi.params import Tree
-from maxi.sharding import shards
+from maxi.sharding import fetch, shards
 
 if TYPE_CHECKING:
     from maxi.data.chat_template import ChatTemplate
@@ -300,7 +300,7 @@ def _stream(
         rows = chosen = _choose(how, eos_ids, logits_BV, rows)
         if left > 1:  # started before the tokens are looked at, so that the device works while the caller does
             logits_BV, cache, rows = _step(Same(model), compute, params, cache, rows)
-        tokens_B = np.asarray(chosen.tokens_B)[:count]
+        tokens_B = fetch(chosen.tokens_B)[:count]
         if (tokens_B == NOT_FINITE).any():
             raise NumericsError("the model's logits are not finite", "generate", "its weights are damaged or diverged")
         yield tokens_B

@@ -21,6 +21,7 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from maxi import processes
 from maxi.errors import EnvironmentFault, NumericsError
 from maxi.events import Events
 from maxi.sections import LogConfig
@@ -35,7 +36,8 @@ class Recorder:
     """Writes the records of one run, from step `start` to `total`.
 
     `tokens_per_s -> MFU` is `mfu`, or None where the device's peak is not known. `memory` gives bytes. `watch` sees the
-    metrics of every step and gives the warnings to show. `events` keeps account of the time.
+    metrics of every step and gives the warnings to show. `events` keeps account of the time. Of several processes only
+    the first writes anything.
     """
 
     def __init__(
@@ -52,14 +54,18 @@ class Recorder:
     ):
         self._events = events or Events(None, config.every)
         self._every, self._total, self._mfu, self._memory, self._watch = config.every, total, mfu, memory, watch
+        writes = processes.is_first()
         self._files: dict[str, IO[str]] = {
-            n: (folder / f"{n}.jsonl").open("a", encoding="utf-8") for n in ("metrics", "perf", "samples")
+            n: (folder / f"{n}.jsonl" if writes else Path(os.devnull)).open("a", encoding="utf-8")
+            for n in ("metrics", "perf", "samples")
         }
         self._pending: tuple[int, Values, float] | None = None
         self._first, self._skipped, self._window = True, 0, _Window()
-        self._trackers = [_tracker(name, config.project, folder, run_config) for name in config.to]
-        self._trackers += [_tensorboard(folder / "tensorboard", start)]  # last: it runs a thread that must be closed
-        self._screen = _Screen(start, total)
+        self._trackers = [_tracker(name, config.project, folder, run_config) for name in config.to if writes]
+        self._trackers += (
+            [_tensorboard(folder / "tensorboard", start)] if writes else []
+        )  # last: it runs a thread that must be closed
+        self._screen = _Screen(start, total, silent=not writes)
         self.tokens_per_s: list[float] = []
 
     def begin(self) -> None:
@@ -183,11 +189,11 @@ class _Window:
 class _Screen:
     """A progress bar with the time left on a terminal, plain lines elsewhere."""
 
-    def __init__(self, start: int, total: int):
-        self._console = Console(highlight=False, markup=False, soft_wrap=True)
+    def __init__(self, start: int, total: int, silent: bool):
+        self._console = Console(highlight=False, markup=False, soft_wrap=True, quiet=silent)
         self._begin, self._start, self._total = time.monotonic(), start, total
         self._bar: Progress | None = None
-        if self._console.is_terminal:
+        if self._console.is_terminal and not silent:
             columns = (
                 BarColumn(),
                 MofNCompleteColumn(),

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maxi import hf
+from maxi import hf, processes
 from maxi.config import Config, load
 from maxi.data import bpe
 from maxi.data.documents import Budget, read
@@ -48,8 +48,10 @@ def quickstart(config: Config, config_path: str, overrides: Sequence[str] = ()) 
 
     The tokenizer goes to `config.tokenizer` with as many ids as `model.config.vocab_size` says; it and the model read
     `data.train`. `overrides` hold for the first config, those of EVERYWHERE for all; later stages add their name to
-    its `run_dir`. Raises ConfigError when the config names neither tokenizer nor vocabulary.
+    its `run_dir`. Raises ConfigError when the config names neither tokenizer nor vocabulary, or for several processes.
     """
+    if processes.expected():
+        raise ConfigError("quickstart is for one process", "quickstart", "`maxi train` runs on several")
     begin = time.monotonic()
     log.info("== tokenizer ==")
     _make_tokenizer(config)

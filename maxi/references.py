@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from maxi import processes
 from maxi.data import cache
 from maxi.data.loader import Opened, stack
 from maxi.data.sample_rows import PairRows
@@ -34,7 +35,8 @@ from maxi.objectives.branches import branch_logprobs
 from maxi.params import Tree
 from maxi.pretrained import model_folder, read_model
 from maxi.run import Run, remember, remembered
-from maxi.step import Batch, put
+from maxi.sharding import fetch
+from maxi.step import Batch, put_whole
 
 log = logging.getLogger("maxi")
 
@@ -52,7 +54,7 @@ def fingerprint(params: Tree) -> str:
     sha = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         sha.update(f"{jax.tree_util.keystr(path)} {leaf.dtype}{leaf.shape}".encode())
-        sha.update(np.asarray(leaf).tobytes())
+        sha.update(fetch(leaf).tobytes())
     return sha.hexdigest()
 
 
@@ -115,6 +117,8 @@ def attach(
         assert isinstance(rows, PairRows)
         file = folder / f"{_key(entry, rows, weights, model, compute)}.npy"
         rows.reference = _read(file, len(rows.sizes))
+        if not all(processes.exchange(rows.reference is not None)):  # one of them cannot compute it alone
+            rows.reference = None
         if rows.reference is not None:
             log.info("reference: %s, %d pairs from the cache", entry.source.path, len(rows.sizes))
             continue
@@ -144,7 +148,7 @@ def _write(file: Path, values: np.ndarray) -> None:
     """`.npy`, and the sha256 of all of it behind, which readers of `.npy` pass over."""
     content = io.BytesIO()
     np.save(content, values)
-    aside = file.with_name(f".{file.name}.{time.time_ns()}")
+    aside = file.with_name(f".{file.name}.{time.time_ns()}-{processes.index()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         aside.write_bytes(content.getvalue() + hashlib.sha256(content.getvalue()).digest())
@@ -165,7 +169,7 @@ def _compute(
     for start in range(0, len(rows), batch_size):
         numbers = range(start, min(start + batch_size, len(rows)))
         batch = stack([rows[number] for number in numbers] + [rows.blank()] * (batch_size - len(numbers)))
-        both = np.asarray(of_batch(put(batch, devices)))
+        both = fetch(of_batch(put_whole(batch, devices)))
         for number, pairs_of_row in zip(numbers, both, strict=False):
             items = rows.items(number)
             values[items] = pairs_of_row[: len(items)]

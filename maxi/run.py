@@ -12,10 +12,13 @@ stacks-P.txt     where the threads of process P were when a step took far too lo
 tensorboard/     both of them as TensorBoard events
 hf/              the export
 exported.json    which step it is of
+processes/       of several processes, what libraries wrote by themselves
+xla/             of several processes, compiled programs
 lock             held while a process trains here
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import socket
@@ -26,6 +29,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from maxi import processes
 from maxi.config import Config, load, to_tree, to_yaml
 from maxi.errors import ConfigError, DataError, EnvironmentFault
 
@@ -35,6 +39,7 @@ RESUMABLE = (
     "epochs",
     "micro_batches",
     "mesh.",
+    "processes.",
     "compute.",
     "checkpoint.",
     "eval.",
@@ -76,7 +81,7 @@ class Run:
 
 @contextmanager
 def claim(config: Config) -> Iterator[Run]:
-    """The run folder, made if need be, and nobody else's while the context lasts.
+    """The run folder, made if need be, and nobody else's while the context lasts; of several processes the first locks it.
 
     Raises ConfigError when it cannot be written or holds a run with other settings, EnvironmentFault when another
     process is training in it.
@@ -88,6 +93,10 @@ def claim(config: Config) -> Iterator[Run]:
     except OSError as error:
         fix = "set run_dir to a folder you may write"
         raise ConfigError(f"cannot write the run folder, {error.strerror}", str(run.folder), fix) from None
+    if not processes.is_first():
+        lock.close()
+        yield run
+        return
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it however the process ends
@@ -106,8 +115,12 @@ def claim(config: Config) -> Iterator[Run]:
 def record(run: Run, config: Config, fingerprints: dict[str, str], data: Sequence[str]) -> None:
     """Writes config.yaml and run.json, or on a second start checks that data and tokenizer are still the same.
 
-    `data` are lines that describe what is read. Raises DataError when a fingerprint changed.
+    `data` are lines that describe what is read. Raises DataError when a fingerprint changed, ConfigError when processes
+    of one run differ.
     """
+    processes.require_same(config=hashlib.sha256(to_yaml(config).encode()).hexdigest(), **fingerprints, version=version("maxi"))
+    if not processes.is_first():
+        return
     if not run.facts.is_file():
         versions = {"maxi": version("maxi"), "python": sys.version.split()[0]}
         facts = {"fingerprints": {}, "versions": versions, "data": list(data)}
@@ -119,6 +132,8 @@ def record(run: Run, config: Config, fingerprints: dict[str, str], data: Sequenc
 
 def remember(run: Run, name: str, fingerprint: str) -> None:
     """Adds a fingerprint to run.json. Raises DataError when another one of that name stands there."""
+    if not processes.is_first():
+        return
     facts = json.loads(run.facts.read_text(encoding="utf-8"))
     known = facts["fingerprints"].setdefault(name, fingerprint)
     if known != fingerprint:
@@ -143,7 +158,7 @@ def write_whole(path: Path, text: str) -> None:
 
 def truncate_after(path: Path, step: int) -> None:
     """Drops the lines of a .jsonl that are later than `step`, and a last line that a kill cut short."""
-    if not path.is_file():
+    if not processes.is_first() or not path.is_file():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():

@@ -27,18 +27,24 @@ LIBTPU = {
 """How libtpu is to behave where there is no TPU: not to ask a cloud's metadata server about one, nor to complain."""
 
 
+def has_tpu() -> bool:
+    """Whether /dev has one."""
+    return any(any(Path("/dev").glob(name)) for name in ACCELERATORS[:2])
+
+
 def expect_no_tpu() -> None:
     """Where /dev has no TPU, keeps an installed libtpu (it compiles for TPUs elsewhere) from looking for one for a minute
     whenever jax starts. What the environment says goes first."""
-    if not any(any(Path("/dev").glob(name)) for name in ACCELERATORS[:2]):
+    if not has_tpu():
         for name, value in LIBTPU.items():
             os.environ.setdefault(name, value)
 
 
-def set_up() -> None:
-    """Both of what this module does; to be called before jax has looked for devices."""
+def set_up(programs: Path | None = None) -> None:
+    """Both of what this module does; to be called before jax has looked for devices. `programs`: where to keep them, if
+    nobody said where."""
     keep_memory()
-    keep_compiled_programs()
+    keep_compiled_programs(programs)
 
 
 def keep_memory() -> None:
@@ -63,8 +69,9 @@ def _is_cpu_only() -> bool:
     return platforms == "cpu" if platforms else not any(any(Path("/dev").glob(name)) for name in ACCELERATORS)
 
 
-def keep_compiled_programs() -> None:
-    """Uses the folder that jax was told (JAX_COMPILATION_CACHE_DIR), else maxi/xla under $XDG_CACHE_HOME or ~/.cache.
+def keep_compiled_programs(folder: Path | None = None) -> None:
+    """Uses the folder that jax was told (JAX_COMPILATION_CACHE_DIR), else `folder`, else maxi/xla under $XDG_CACHE_HOME or
+    ~/.cache.
 
     All programs are kept, also the many that compile in less than the second from which jax keeps them by itself:
     together they are most of a second start.
@@ -72,7 +79,7 @@ def keep_compiled_programs() -> None:
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "maxi" / "xla"
+        cache = folder or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "maxi" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -236,6 +236,17 @@ class MeshConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class ProcessesConfig:
+    """How several processes of one run wait for each other; which they are, the environment says."""
+
+    start_timeout_s: Count = 1800
+    """Seconds that the first to come waits for the last; machines of a cluster may start half an hour apart."""
+    heartbeat_s: Annotated[int, Field(ge=10)] = 60
+    """Seconds of silence after which a process counts as lost and the others end with code 75 (a connection that drops
+    tells them at once). Longer than the pause of a machine that is moved while it runs."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class ComputeConfig:
     """How the step is computed; none of it changes what is learned beyond rounding."""
 

@@ -6,13 +6,15 @@ constrained, which is how one device and the notebook API run. Inside a `jax.sha
 arrays are split over those already and only the others count.
 """
 
+import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from maxi.dims import DIMS, MESH_AXES
 from maxi.errors import ConfigError
@@ -117,3 +119,16 @@ def shards(letter: str) -> int:
     if mesh.empty:
         return 1
     return math.prod(mesh.shape[axis] for axis in axes_of(activation_spec(letter)[0]))
+
+
+def fetch(array: Any) -> np.ndarray:
+    """The whole of an array in this process' memory. Where several processes hold it, all must ask for it; until it is
+    here, every device holds all of it."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(_whole_on(array.sharding.mesh)(array))  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _whole_on(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda array: array, out_shardings=NamedSharding(mesh, PartitionSpec()))

@@ -16,6 +16,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maxi import compiler, fsdp
+from maxi.errors import ConfigError
 from maxi.kernels.platform import platform
 from maxi.objectives import Sums
 from maxi.params import Table, Tree, init, shardings
@@ -74,10 +75,54 @@ def rows_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, activation_spec("B"))
 
 
+def share(mesh: Mesh) -> tuple[int, int]:
+    """(shard, shards): which part of every batch this process reads, see `put`.
+
+    Processes that hold the same rows (where `tensor` or `context` goes between them) read the same part. Raises
+    ConfigError where the mesh gives processes parts of different sizes.
+    """
+    parts = [_groups(mesh, process) for process in range(jax.process_count())]
+    distinct = sorted(set(parts))
+    held = [group for part in distinct for group in part]
+    if len(held) != len(set(held)) or len({len(part) for part in distinct}) > 1:
+        what = (
+            f"{jax.process_count()} processes do not share {mesh.shape['replica'] * mesh.shape['fsdp']} parts of a batch evenly"
+        )
+        raise ConfigError(what, "mesh", "let mesh.tensor and mesh.context divide the devices of a process, or be multiples")
+    return distinct.index(parts[jax.process_index()]), len(distinct)
+
+
+def _groups(mesh: Mesh, process: int) -> tuple[int, ...]:
+    """Which of the replica x fsdp parts of a batch lie on the devices of a process."""
+    of_part = mesh.devices.reshape(mesh.shape["replica"] * mesh.shape["fsdp"], -1)
+    return tuple(g for g, devices in enumerate(of_part) if any(device.process_index == process for device in devices))
+
+
 def put(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
-    """This process's rows of a global batch, [B, ...] numpy, onto the devices that hold them."""
+    """This process's `share` of a global batch, [B / shards, ...] numpy, onto the devices that hold it.
+
+    A process holds the parts that its devices have in the mesh, wherever they stand in it: which rows share a device
+    is nothing that a step depends on.
+    """
+    rows, own = rows_sharding(mesh), _groups(mesh, jax.process_index())
+    groups = mesh.shape["replica"] * mesh.shape["fsdp"]
+
+    def placed(value: np.ndarray) -> jax.Array:
+        size = len(value) // len(own)
+
+        def part(index: Any) -> np.ndarray:
+            at = own.index((index[0].start or 0) // size) * size
+            return value[at : at + size]
+
+        return jax.make_array_from_callback((groups * size, *value.shape[1:]), rows, part)
+
+    return {name: placed(value) for name, value in batch.items()}
+
+
+def put_whole(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
+    """A global batch that every process has whole, onto the devices, its rows in their order."""
     rows = rows_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(rows, value) for name, value in batch.items()}
+    return {n: jax.make_array_from_callback(v.shape, rows, lambda index, v=v: v[index]) for n, v in batch.items()}
 
 
 def make_step(

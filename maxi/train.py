@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,11 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from maxi import __version__, evaluate, mesh, objectives, pretrained, program, references, scores
+from maxi import __version__, evaluate, mesh, objectives, pretrained, processes, program, references, scores
 from maxi import export as exports
 from maxi import step as steps
 from maxi.checkpoint import Checkpoints
 from maxi.config import Config, to_tree
+from maxi.data import cache
 from maxi.data.audit import wrong_mask
 from maxi.data.chat_template import ChatTemplate
 from maxi.data.loader import Batches, EvalRows, content_of, open_data, open_template
@@ -94,7 +96,12 @@ def train(config: Config) -> Summary:
 
     Raises a MaxiError for whatever the user can mend; Preempted, once all is saved, when a signal asked to stop.
     """
-    with claim(config) as run, Events(run.events, config.log.every, about=_life()) as events:
+    processes.start(Path(config.run_dir), config.processes.start_timeout_s, config.processes.heartbeat_s)
+    with (
+        claim(config) as run,
+        Events(run.events if processes.is_first() else None, config.log.every, _life(), _shares()) as events,
+        processes.together(),
+    ):
         job = _prepare(config, run)
         with jax.set_mesh(job.devices), StopRequest() as stop:
             checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep, config.checkpoint.background)
@@ -116,7 +123,8 @@ def train(config: Config) -> Summary:
 def _prepare(config: Config, run: Run) -> Job:
     """All pieces; everything that can be known to fail without compiling fails here."""
     objective = objectives.build(**asdict(config.objective))
-    set_up()
+    set_up(run.folder / "xla" if processes.count() > 1 else None)
+    processes.require_shared(run.folder)
     devices = mesh.build(config.mesh, rows=config.batch_size // config.micro_batches, seq_len=config.seq_len)
     log.info("devices: %s", mesh.describe(devices))
     tokenizer, model = _tokenizer_and_model(config)
@@ -126,13 +134,17 @@ def _prepare(config: Config, run: Run) -> Job:
 
     with open_template(objective.rows, config.chat, tokenizer) as template:
         content = content_of(objective.rows, config.data, config.chat, tokenizer, template, config.seq_len)
-        batches, eval_rows = open_data(config.data, content, batch_size=config.batch_size, seed=config.seed, log=log.info)
+        with processes.in_turn(Path(config.data.cache_dir or cache.default_dir()).expanduser()):
+            data = open_data(config.data, content, batch_size=config.batch_size, seed=config.seed, log=log.info)
+        batches, eval_rows = data
         prompts = _prompts(config, tokenizer, template)
     _check_masks(batches, eval_rows)
     total = config.steps or max(1, math.floor((config.epochs or 1) * batches.rows_per_epoch / config.batch_size))
     read = batches.describe() + (eval_rows.describe() if eval_rows else [])
     record(run, config, {"data": batches.fingerprint, "tokenizer": tokenizer.fingerprint()}, read)
-    _keep_model_files(run, config, model, tokenizer)
+    if processes.is_first():
+        _keep_model_files(run, config, model, tokenizer)
+    processes.barrier()
 
     parts = (objective, config.compute, config.optim, devices, total, config.micro_batches)
     job = Job(config, run, devices, tokenizer, batches, eval_rows, prompts, total, program.build(model, *parts))
@@ -143,7 +155,7 @@ def _prepare(config: Config, run: Run) -> Job:
 def _begin(job: Job, checkpoints: Checkpoints) -> tuple[State, int]:
     """The state to go on from and the number of steps it has behind it: resumed, from other weights, or new."""
     config = job.config
-    saved = checkpoints.steps()
+    saved = processes.exchange(checkpoints.steps())[0]
     start = saved[-1] if saved else 0
     for records in (job.run.metrics, job.run.samples, job.run.perf):
         truncate_after(records, start if saved else -1)
@@ -174,13 +186,13 @@ def _first_weights(job: Job) -> Any:
 
 def _steps(job: Job, state: State, start: int, recorder: Recorder, checkpoints: Checkpoints, stop: StopRequest) -> State:
     """Steps `start` to `total`. What a checkpoint says is done is in the records before it is written."""
-    config, host, hosts = job.config, jax.process_index(), jax.process_count()
+    config, vote = job.config, processes.Vote(job.devices)
     take_step = job.program.step()
     examine = _examiner(job)
     if start == 0:
         with recorder.paused("evaluation", 0):
             recorder.evaluation(0, *examine(state))
-    batches = job.batches.iterate(start, host, hosts)
+    batches = job.batches.iterate(start, *steps.share(job.devices))
     recorder.begin()
     for done in range(start + 1, job.total + 1):
         asked_at = time.monotonic()
@@ -188,18 +200,18 @@ def _steps(job: Job, state: State, start: int, recorder: Recorder, checkpoints: 
         waited = time.monotonic() - asked_at
         state, metrics = take_step(state, steps.put(batch, job.devices))
         recorder.step(done, metrics, waited)
-        last = done == job.total
+        last, stopping = done == job.total, vote.any(bool(stop.asked))
         if last or done % config.eval.every == 0:
             with recorder.paused("evaluation", done):
                 recorder.evaluation(done, *examine(state))
-        if last or done % config.checkpoint.every == 0 or stop.asked:
+        if last or done % config.checkpoint.every == 0 or stopping:
             with recorder.paused("checkpoint", done):
                 recorder.flush()
                 checkpoints.save(done, state)
-        if stop.asked and not last:
+        if stopping and not last:
             with recorder.paused("checkpoint", done):
                 checkpoints.wait()
-            what = f"{stop.asked} at step {done} of {job.total}, all is saved"
+            what = f"{stop.asked or 'another process was stopped'} at step {done} of {job.total}, all is saved"
             raise Preempted(what, config.run_dir, "run the same command to go on")
     with recorder.paused("checkpoint", job.total):
         checkpoints.wait()
@@ -231,8 +243,7 @@ def _attach_reference(job: Job, first: State | None) -> None:
 
 def _examiner(job: Job) -> Callable[[State], tuple[dict[str, Any], list[dict[str, Any]]]]:
     """What an evaluation does: metrics on the evaluation rows, and continuations of the fixed prompts with their scores."""
-    config, host, hosts = job.config.eval, jax.process_index(), jax.process_count()
-    place = partial(steps.put, mesh=job.devices)
+    config, place = job.config.eval, partial(steps.put_whole, mesh=job.devices)
     if job.objective.rows in ("documents", "conversations"):
         predict, token_bytes = evaluate.eval_step(job.model, job.program.compute), job.tokenizer.token_bytes()
         measure = partial(evaluate.measure, predict, token_bytes=token_bytes)
@@ -245,7 +256,7 @@ def _examiner(job: Job) -> Callable[[State], tuple[dict[str, Any], list[dict[str
         params = state.params if state.ema is None else state.ema
         values: dict[str, Any] = {}
         if job.eval_rows is not None:
-            values = measure(params, batches=job.eval_rows.batches(config.max_rows, host, hosts), place=place)
+            values = measure(params, batches=job.eval_rows.batches(config.max_rows), place=place)
         if not config.prompts:
             return values, []
         loaded = Loaded(job.model, params, job.run.model)
@@ -343,6 +354,11 @@ def _watchdog(job: Job, events: Events, recorder: Recorder) -> Watchdog:
     return Watchdog(events, stacks, log_config.stall_factor, log_config.stall_seconds, recorder.say)
 
 
+def _shares() -> Callable[[list[float]], list[list[float]]] | None:
+    """How processes tell each other their times, if there are several."""
+    return processes.latest if processes.count() > 1 else None
+
+
 def _life() -> dict[str, Any]:
     """What is said of this start in events.jsonl."""
     return {"maxi": __version__, "host": socket.gethostname(), "pid": os.getpid()}
@@ -351,11 +367,13 @@ def _life() -> dict[str, Any]:
 def _export(job: Job, state: State) -> None:
     """hf/, unless it is already of this step."""
     run = job.run
-    if run.hf.is_dir() and run.exported.is_file() and json.loads(run.exported.read_text())["step"] == job.total:
+    there = run.hf.is_dir() and run.exported.is_file() and json.loads(run.exported.read_text())["step"] == job.total
+    if processes.exchange(there)[0]:
         return
     params = state.params if state.ema is None else state.ema
     exports.write(run, Loaded(job.model, params, run.model), run.hf.resolve(), force=True)
-    write_whole(run.exported, json.dumps({"step": job.total}) + "\n")
+    if processes.is_first():
+        write_whole(run.exported, json.dumps({"step": job.total}) + "\n")
     log.info("export: %s (step %d, %s)", run.hf, job.total, job.config.export_dtype)
 
 

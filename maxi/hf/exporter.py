@@ -4,12 +4,13 @@ Contract: everything is written into a hidden folder beside the target (`.NAME.p
 whatever interrupts that, the target is untouched, and what a killed process left behind is removed by the next one.
 Weights are fetched from the devices, cast and written one tensor at a time, so files are made by hand: a safetensors
 file is the length of a JSON header (8 bytes, little-endian), the header, and the tensors' bytes one after the other
-(https://huggingface.co/docs/safetensors). One process writes; all weights must be addressable by it.
+(https://huggingface.co/docs/safetensors). Of several processes the first writes; all of them hand over their parts.
 """
 
 import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import IO, Any
 import jax
 import numpy as np
 
+from maxi import processes
 from maxi.data.tokenizer import Tokenizer
 from maxi.errors import EnvironmentFault, ModelFolderError, NumericsError
 from maxi.hf.card import default_card
@@ -26,6 +28,7 @@ from maxi.hf.folder import CONFIG, DTYPES, GENERATION, INDEX, SINGLE
 from maxi.hf.importer import float_dtype
 from maxi.models import Model
 from maxi.params import Table, Tree, get, to_hf
+from maxi.sharding import fetch
 
 SHARD_BYTES = 5 << 30
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -67,12 +70,17 @@ def write(
     Raises ModelFolderError if `out` exists and not `force`, or is no model folder; NumericsError for weights that are
     not finite (in `dtype`); EnvironmentFault where the disk fails or is full.
     """
+    plan = _plan(model.table, params, None if dtype is None else float_dtype(dtype))
+    if not processes.is_first():
+        for shard in _shards(plan, max_shard_bytes):
+            deque(_fetch(model.table, params, shard), maxlen=0)
+        processes.barrier()
+        return Path(out).expanduser().resolve()
     out = check_target(out, force)
     hidden = out.with_name(f".{out.name}.partial")
     try:
         shutil.rmtree(hidden, ignore_errors=True)
         hidden.mkdir(parents=True)
-        plan = _plan(model.table, params, None if dtype is None else float_dtype(dtype))
         _write_weights(model.table, params, plan, max_shard_bytes, hidden)
         stored = _main_dtype(plan)
         config = config_fields(model, stored, tokenizer)
@@ -87,6 +95,7 @@ def write(
         raise EnvironmentFault(f"cannot write the model, {error.strerror}", str(out), "check space and rights") from None
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
+    processes.barrier()
     return out
 
 
@@ -173,7 +182,7 @@ def _fetch(table: Table, params: Tree, shard: list[_Planned]) -> Iterator[memory
     """Each tensor's bytes in Hugging Face's layout."""
     for tensor in shard:
         weight = get(params, tensor.path)
-        host = np.asarray(weight if tensor.number is None else _layer(weight, tensor.number))
+        host = fetch(weight if tensor.number is None else _layer(weight, tensor.number))
         with np.errstate(over="ignore"):
             data = np.ascontiguousarray(to_hf(table.params[tensor.path], host.astype(tensor.dtype, copy=False)))
         if not np.isfinite(data).all():

@@ -1,0 +1,232 @@
+"""Several processes in one run, for real: gloo processes on this machine train as one does, go on from each other's
+checkpoints, stop together, and end with 75 when one of them is lost, whether it dies or hangs."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from maxi import processes
+from maxi.data import bpe
+from maxi.data.documents import Budget, read
+from maxi.errors import ConfigError
+from maxi.sections import Source
+
+STEPS = 12
+CONFIG = """
+run_dir: {folder}/run
+steps: {steps}
+batch_size: 4
+seq_len: 64
+tokenizer: {home}/tokenizer
+model:
+  config: {{model_type: qwen3, vocab_size: 512, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1,
+           num_attention_heads: 4, num_key_value_heads: 2, head_dim: 16, max_position_embeddings: 128}}
+data: {{train: [{{path: {home}/text.jsonl}}], eval_share: 0.1, cache_dir: {folder}/cache}}
+optim: {{lr: 1.0e-2, schedule: constant}}
+checkpoint: {{every: 3}}
+eval: {{every: 6, max_rows: 6, prompts: [the list], max_new_tokens: 4}}
+processes: {{heartbeat_s: 10, start_timeout_s: 120}}
+log: {{every: 1}}
+export_dtype: float32
+"""
+Ended = list[tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text, a tokenizer, and compiled programs that all processes share."""
+    folder = tmp_path_factory.mktemp("processes")
+    documents = [
+        document.text[:1500] for document, _ in zip(read(Source(path="python-docs"), Budget(0)), range(60), strict=False)
+    ]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), "utf-8")
+    bpe.train(documents, 512, folder / "tokenizer")
+    return folder
+
+
+def configure(home: Path, folder: Path, steps: int = STEPS) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / "config.yaml"
+    path.write_text(CONFIG.format(home=home, folder=folder, steps=steps))
+    return path
+
+
+def start(number: int, config: Path, *overrides: str, of: int | None = None) -> list[subprocess.Popen[str]]:
+    """`number` processes of one run (that waits for `of`), each with one device."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
+    common = {
+        **os.environ,
+        "XLA_FLAGS": flags,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(config.parent.parent / "xla"),
+    }
+    common |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(of or number)}
+    command = [sys.executable, "-m", "maxi", "train", str(config), *overrides]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return [subprocess.Popen(command, env={**common, "JAX_PROCESS_ID": str(i)}, **pipes) for i in range(number)]
+
+
+def ended(running: list[subprocess.Popen[str]]) -> Ended:
+    """Exit code, stdout and stderr of each."""
+    found = []
+    for process in running:
+        out, error = process.communicate(timeout=240)
+        found.append((process.returncode, out, error))
+    return found
+
+
+def run(number: int, config: Path, *overrides: str) -> str:
+    """Runs to the end; what the first process said. The others say nothing."""
+    found = ended(start(number, config, *overrides))
+    assert [code for code, _, _ in found] == [0] * number, found
+    assert all(not error for _, _, error in found) and all(not out for _, out, _ in found[1:]), found
+    return found[0][1]
+
+
+def values(run: Path, name: str) -> dict[int, float]:
+    path = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.is_file() else []
+    return {line["step"]: line[name] for line in lines if name in line}
+
+
+def assert_same_losses(run: Path, wanted: Path) -> None:
+    for name in ("train/loss", "eval/loss", "eval/bits_per_byte"):
+        found, expected = values(run, name), values(wanted, name)
+        assert found.keys() >= expected.keys()
+        for step, value in expected.items():
+            assert found[step] == pytest.approx(value, rel=5e-6), (name, step)
+
+
+@pytest.fixture(scope="module")
+def alone(home: Path) -> Path:
+    """The run of one process that the others must equal."""
+    config = configure(home, home / "alone")
+    run(1, config)
+    return config.with_name("run")
+
+
+def test_1_2_and_4_processes_train_alike_and_go_on_from_each_other(home: Path, alone: Path) -> None:
+    config = configure(home, home / "together")
+    assert "processes: 2" in run(2, config, "steps=4")
+    assert "resumed from step 4" in run(1, config, "steps=8")
+    out = run(4, config)
+    assert "resumed from step 8" in out and "replica 1, fsdp 4, context 1, tensor 1" in out
+    mine = config.with_name("run")
+    assert_same_losses(mine, alone)
+    assert list(values(mine, "train/loss")) == list(range(1, STEPS + 1))
+    assert (mine / "samples.jsonl").read_text().splitlines()[-1] == (alone / "samples.jsonl").read_text().splitlines()[-1]
+    files = [{file.name for file in (folder / "hf").iterdir()} for folder in (mine, alone)]
+    assert files[0] == files[1]
+    for name, weight in load_file(alone / "hf" / "model.safetensors").items():
+        np.testing.assert_allclose(load_file(mine / "hf" / "model.safetensors")[name], weight, atol=1e-4)
+
+
+def until(running: list[subprocess.Popen[str]], run: Path, step: int) -> None:
+    while all(process.poll() is None for process in running) and step not in values(run, "train/loss"):
+        time.sleep(0.02)
+
+
+def one_line(error: str) -> str:
+    lines = error.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("maxi: error[75] "), error
+    return lines[0]
+
+
+def test_all_stop_together_and_none_outlives_another(home: Path, alone: Path) -> None:
+    config = configure(home, home / "stopped", steps=500)
+    mine, quick = config.with_name("run"), ("eval.every=500", "eval.prompts=[]", "export_hf=false")
+
+    running = start(2, config, *quick)
+    until(running, mine, 2)
+    running[1].send_signal(signal.SIGTERM)
+    found = ended(running)
+    stopped = [re.search(r"at step (\d+) of 500, all is saved", one_line(error)) for _, _, error in found]
+    assert [code for code, _, _ in found] == [75, 75] and stopped[0] and stopped[1]
+    step = int(stopped[0][1])
+    assert stopped[1][1] == stopped[0][1] and (mine / "checkpoints" / str(step)).is_dir()
+    assert "SIGTERM" in found[1][2] and "another process was stopped" in found[0][2]
+
+    running = start(2, config, *quick)
+    until(running, mine, step + 1)
+    running[0].kill()
+    found = ended(running)
+    assert found[1][0] == 75 and "another process of this run is gone" in one_line(found[1][2])
+
+    running = start(2, config, *quick)
+    until(running, mine, step + 2)
+    running[1].send_signal(signal.SIGSTOP)
+    begun = time.monotonic()
+    error = running[0].communicate(timeout=120)[1]
+    waited = time.monotonic() - begun
+    running[1].kill()
+    running[1].communicate()
+    assert running[0].returncode == 75 and "another process of this run is gone" in one_line(error)
+    assert waited < 40  # the heartbeat is 10 s, on a machine that may be busy
+
+    last = max(int(folder.name) for folder in (mine / "checkpoints").iterdir() if folder.name.isdigit())
+    run(1, config, *quick, f"steps={last + 1}")
+    assert max(values(mine, "train/loss")) == last + 1
+    for number, value in values(mine, "train/loss").items():
+        if number <= STEPS:
+            assert value == pytest.approx(values(alone, "train/loss")[number], rel=5e-6)
+
+
+def test_a_process_that_nobody_joins_gives_up(home: Path) -> None:
+    config = configure(home, home / "late")
+    ((code, out, error),) = ended(start(1, config, "processes.start_timeout_s=2", of=2))
+    assert code == 6 and not out, error
+    assert error.startswith("maxi: error[6] the other processes did not come within 2 s") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"JAX_NUM_PROCESSES": "2"}, "names no process"),
+        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "no address"),
+        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2", "JAX_COORDINATOR_ADDRESS": "a:1"}, "process 2 of 2"),
+        ({"JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0", "JAX_COORDINATOR_ADDRESS": "a:1"}, "JAX_NUM_PROCESSES=two"),
+        ({"JAX_PROCESS_ID": "1"}, "names no process"),
+    ],
+    ids=str,
+)
+def test_an_environment_that_says_half_is_refused(
+    environment: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=words):
+        processes.start(Path("nowhere"), 10, 10)
+
+
+def test_who_a_process_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "has_tpu", lambda: False)
+    assert processes._who() is None
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "1")
+    assert processes._who() is None
+    monkeypatch.delenv("JAX_NUM_PROCESSES")
+    slurm = {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "2"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(name, value)
+    assert processes._who() == {"cluster_detection_method": "slurm", "local_device_ids": []}
+    monkeypatch.setenv("SLURM_NTASKS", "16")
+    assert processes._who() == {"cluster_detection_method": "slurm"}
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    assert processes._who() is None
+    monkeypatch.setattr(processes, "has_tpu", lambda: True)
+    assert processes._who() is None  # JAX_PLATFORMS is cpu here
+    monkeypatch.delenv("JAX_PLATFORMS")
+    assert processes._who() == {}
