@@ -390,10 +390,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     elif rest:
         top.error(f"unrecognized arguments: {' '.join(rest)}")
     for name, value in vars(args).items():
-        for text in (value if isinstance(value, list) else [value]) if name in PATHS else ():
+        given = value if isinstance(value, list) else [] if value is None else [value]
+        for text in given if name in PATHS else ():
             try:
-                if text is not None:
-                    well_formed(text)
+                well_formed(text)
             except ValueError as error:
                 top.error(f"{name}: {error}, {text[:200]!r}")
     return args

@@ -43,7 +43,6 @@ from maxi.sharding import fetch
 
 if TYPE_CHECKING:
     from maxi.data.chat_template import ChatTemplate
-    from maxi.data.tokenizer import Tokenizer
     from maxi.hf import Loaded
 
 log = logging.getLogger("maxi")
@@ -171,7 +170,7 @@ def evaluate(
     predict, ConfigError for a size out of range or a tokenizer with more ids than the model, ModelFolderError without
     a tokenizer, NumericsError when the loss is not finite.
     """
-    tokenizer, model = _tokenizer(loaded), loaded.model
+    tokenizer, model = tokenizer_of(loaded), loaded.model
     seq_len = min(MAX_SEQ_LEN, model.rope.max_position) if seq_len is None else seq_len
     if seq_len < 1 or batch_size < 1:
         raise ConfigError(f"seq_len {seq_len} x batch_size {batch_size}", "eval", "both must be at least 1")
@@ -328,16 +327,6 @@ def _shown(figures: dict[str, Any]) -> tuple[str, str, str]:
         f"{'-' if perplexity is None else format(perplexity, '.6g'):>12}",
         f"{'-' if bits is None else format(bits, '.4f'):>9}",
     )
-
-
-def _tokenizer(loaded: "Loaded") -> "Tokenizer":
-    """Raises ModelFolderError when there is none, ConfigError when it has ids that the model does not know."""
-    tokenizer = tokenizer_of(loaded)
-    ids, known = tokenizer.vocab_size, loaded.model.vocab_size
-    if ids > known:
-        what = f"the tokenizer has {ids:,} ids but the model {known:,}"
-        raise ConfigError(what, str(loaded.folder), "take the tokenizer that belongs to the model")
-    return tokenizer
 
 
 def _bytes_of(targets: np.ndarray, token_bytes: np.ndarray | None) -> np.ndarray | None:

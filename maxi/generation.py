@@ -254,12 +254,12 @@ def visible(text: str) -> str:
 
 
 def tokenizer_of(loaded: "Loaded") -> "Tokenizer":
-    """Raises ModelFolderError when there is none."""
+    """Raises ModelFolderError when there is none, ConfigError when it has ids that the model does not know."""
     if loaded.tokenizer is None:
         raise ModelFolderError("the model's folder has no tokenizer", str(loaded.folder), "put tokenizer.json there")
     if loaded.tokenizer.vocab_size > loaded.model.vocab_size:
         what = f"the tokenizer has {loaded.tokenizer.vocab_size:,} ids but the model {loaded.model.vocab_size:,}"
-        raise ModelFolderError(what, str(loaded.folder), "take the model's own tokenizer")
+        raise ConfigError(what, str(loaded.folder), "take the model's own tokenizer")
     return loaded.tokenizer
 
 

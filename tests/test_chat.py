@@ -237,7 +237,7 @@ def test_generate_answers(loaded: Loaded, template: ChatTemplate) -> None:
 
 def test_the_command(loaded: Loaded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Bytes that are not UTF-8 come as U+FFFD; the end of the input is a good end."""
-    monkeypatch.setattr(runtime, "set_up", lambda: None)
+    monkeypatch.setattr(runtime, "set_up", lambda *_, **__: None)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8"))
     assert cli.main(["chat", str(loaded.folder), "--max-new-tokens", "4", "--temperature", "0", "--system", "bark"]) == 0
     assert capsys.readouterr().out == talk(loaded, "caf\ufffd\n", system="bark", max_new_tokens=4)
