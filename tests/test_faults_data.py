@@ -172,7 +172,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     """run(path, objective, *overrides, command=): exit code, stdout and stderr, within five seconds."""
-    monkeypatch.setattr(training, "set_up", lambda: None)
+    monkeypatch.setattr(training, "set_up", lambda *_: None)
 
     def of(path: Path, objective: str, *overrides: str, command: str = "check") -> tuple[int, str, str]:
         data = {"train": [{"path": str(path)}], "cache_dir": str(tmp_path / "cache")}

@@ -244,7 +244,7 @@ def test_a_run_keeps_its_reference(
     home: Path, model: Model, params: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It goes on while the values are kept or can be computed again, and not from another reference."""
-    monkeypatch.setattr(training, "set_up", lambda: None)
+    monkeypatch.setattr(training, "set_up", lambda *_: None)
     shutil.copytree(home / "home", tmp_path / "first")
     config = {
         "run_dir": str(tmp_path / "run"),
