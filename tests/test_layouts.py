@@ -37,6 +37,7 @@ def weights(seed: int) -> Any:
     return jax.device_get(init(family().table, jax.random.key(seed)))
 
 
+@cache
 def batches(name: str) -> list[dict[str, np.ndarray]]:
     """Packed documents, then conversations of which half the tokens count; or packed pairs, the reference of other weights."""
     if name == "dpo":
@@ -80,7 +81,7 @@ def test_the_step_is_that_of_one_device(single: Any, layout: str) -> None:
 
 
 def test_pretraining_and_sft_are_one_program() -> None:
-    batch = batches("sft")[1]
+    batch: Any = batches("sft")[1]
     logprobs = decoder.Logprobs(family(), Compute(attention="reference"))
     traced = [
         str(jax.make_jaxpr(lambda params, name=name: objectives.build(name).loss(logprobs, params, batch))(weights(0)))

@@ -99,9 +99,6 @@ def test_accumulated_is_whole(single, micro: int) -> None:
 @pytest.mark.parametrize(
     ("devices", "axes"),
     [
-        (8, {}),
-        (8, {"tensor": 2}),
-        (2, {"tensor": 2, "fsdp": 1}),
         (4, {"replica": 2}),
         (8, {"replica": 2, "tensor": 2}),
     ],
