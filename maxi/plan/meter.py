@@ -10,7 +10,7 @@ Estimates of the compiler compare programs; they are no promise of time.
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from maxi.plan import hlo
@@ -168,7 +168,7 @@ def trip_count(module: Module, loop: Instruction, where: Computation) -> int | N
     bound = counter = None
     for side in sides:
         index = _element(condition, side) if isinstance(side, str) else None
-        value = side if isinstance(side, int) else _constant(condition, side)
+        value = _constant(condition, side) if isinstance(side, str) else side
         if value is None and index is not None and start.opcode == "tuple" and not _steps(body, index):
             value = _constant(where, start.operands[index])  # handed round the loop unchanged
         if value is not None:
@@ -182,10 +182,10 @@ def trip_count(module: Module, loop: Instruction, where: Computation) -> int | N
     return max(0, math.ceil((abs(bound - first) + is_inclusive) / (_steps(body, counter) or 1)))
 
 
-def _compared(module: Module, condition: Computation) -> tuple[str, list[str | int | None]] | None:
+def _compared(module: Module, condition: Computation) -> tuple[str, Sequence[str | int | None]] | None:
     """The direction of a condition's comparison, and what it compares: names there, or constants."""
     root = next((i for i in condition.values() if i.is_root), None)
-    inner, sides = condition, []
+    inner, sides = condition, list[str | int | None]()
     if root is not None and root.opcode == "fusion":
         outer, inner = root, module.computations[root.called("calls") or ""]
         root = next((i for i in inner.values() if i.is_root), None)
@@ -197,7 +197,7 @@ def _compared(module: Module, condition: Computation) -> tuple[str, list[str | i
     elif root is None or root.opcode != "compare":
         return None
     else:
-        sides = list(root.operands)
+        sides += root.operands
     direction = re.search(r"direction=(\w+)", root.attributes)
     return (direction.group(1) if direction else "LT"), sides
 

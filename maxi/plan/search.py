@@ -37,7 +37,8 @@ def search(config: Config, run: Run, own: Layout | None, topology: Topology, say
     if reason := why_not_compiled(topology):
         say(f"compiled: nothing, {reason}; all figures are the model's (analytic)")
         return _by_speed(found)[:SHOWN]
-    chosen = list(dict.fromkeys([*([own] if own is not None and found[own].fits else []), *best]))[:COMPILED]
+    first = [own] if own is not None and found[own].fits else []
+    chosen = (first + [layout for layout in best if layout not in first])[:COMPILED]
     took = 0.0
     for number, layout in enumerate(chosen, 1):
         spent = time.monotonic() - started

@@ -42,7 +42,7 @@ def test_flops_are_those_of_a_count_by_hand(tied: bool) -> None:
     ],
     ids=str,
 )
-def test_the_state_takes_what_its_shardings_say(optim: OptimConfig, axes: dict[str, int]) -> None:
+def test_the_state_takes_what_its_shardings_say(optim: OptimConfig, axes: dict[str, Any]) -> None:
     devices = mesh.build(MeshConfig(**({"fsdp": 1} | axes)))
     built = program.build(model(), objectives.build("pretrain"), ComputeConfig(), optim, devices, 10, 1)
     state = built.abstract_state()
