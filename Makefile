@@ -1,14 +1,17 @@
 # make quickstart   sets everything up and takes text to a model that transformers loads, in minutes on a CPU
 # make test         sets everything up and runs all checks and tests
+# make soak         lets a run die a hundred times and compares what is left with one that did not; takes half an hour
+# make breakages    breaks maxi in seven ways that nobody would see and shows the test that does
 # make gpu-compile  compiles the GPU kernels for an H100, without one; needs Python 3.12 and 5 GB for CUDA's packages
 
 PYTHON ?= python3
 GPU_PYTHON ?= python3.12
 VENV := .venv
 BIN := $(VENV)/bin
+LIVES ?= 100
 CONFIG ?= configs/quickstart.yaml
 
-.PHONY: quickstart test check format install gpu-compile clean
+.PHONY: quickstart test check format install soak breakages gpu-compile clean
 
 quickstart: $(VENV)/.lean
 	$(BIN)/maxi quickstart $(CONFIG)
@@ -27,6 +30,12 @@ format: $(VENV)/.test
 	$(BIN)/ruff check --fix
 
 install: $(VENV)/.lean
+
+soak: $(VENV)/.test
+	$(BIN)/python -m tests.soak --lives $(LIVES)
+
+breakages: $(VENV)/.test
+	$(BIN)/python -m tests.breakages
 
 gpu-compile: $(VENV)-gpu/.cuda
 	$(VENV)-gpu/bin/python tests/peers/gpu_compile.py

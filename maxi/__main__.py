@@ -9,6 +9,7 @@ import argparse
 import errno
 import logging
 import os
+import signal
 import sys
 import textwrap
 import traceback
@@ -54,6 +55,8 @@ def parser() -> argparse.ArgumentParser:
         command = add(name, what, run, formatter_class=_KeysHelp)
         command.add_argument("config", metavar="CONFIG.yaml", help="the configuration; its keys are listed below")
         command.add_argument("overrides", metavar="key=value", nargs="*", help="e.g. optim.lr=1e-4 data.train.0.path=a.txt")
+        if name == "train":
+            _add_resume(command)
 
     command = add("check", "show what a config would train on, each token with its mask", _check)
     command.add_argument("config", metavar="CONFIG.yaml", help="the configuration, as for train")
@@ -85,6 +88,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--goodput", action="store_true", help="print what share of the time became steps instead")
     command.add_argument("--json", metavar="OUT", help="with --goodput: write the figures to this file; - prints them alone")
 
+    _add_checkpoint(add("checkpoint", "list, verify or adopt the checkpoints of a run", None))
     _add_bench(add("bench", "time kernels, or a config's training step, on the devices that are here", None))
 
     _add_plan(add("plan", "whether a config fits hardware, how long it takes and what it costs, before it is paid for", _plan))
@@ -96,6 +100,32 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--field", default="text", help="column or JSON field of the text (default: text)")
     command.add_argument("--force", action="store_true", help="replace OUT if it exists")
     return top
+
+
+def _add_resume(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--allow-change", metavar="KEY", action="append", default=[], help="go on although this key (or section) changed"
+    )
+    command.add_argument("--rewind", metavar="R[:S]", help="go back R steps and leave out the next S batches (default: R)")
+    command.add_argument("--reset-optimizer", action="store_true", help="go on with a new optimizer and any optim settings")
+    command.add_argument(
+        "--verify-step", metavar="N", type=int, help="train nothing; compute step N again and compare every bit"
+    )
+
+
+def _add_checkpoint(command: argparse.ArgumentParser) -> None:
+    kinds = command.add_subparsers(
+        dest="checkpoint", metavar="WHAT", required=True, parser_class=_Parser, help="list, verify or adopt"
+    )
+    for name, what in (
+        ("list", "which checkpoints a run has"),
+        ("verify", "hash every file of them; exit code 4 when one is damaged"),
+        ("adopt", "trust checkpoints that have no manifest, such as an earlier version's, as they are"),
+    ):
+        kind = kinds.add_parser(name, help=what, description=what)
+        kind.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        kind.add_argument("run_dir", metavar="RUN", help="a run folder")
+        kind.set_defaults(run=_checkpoint)
 
 
 def _add_eval(command: argparse.ArgumentParser) -> None:
@@ -193,11 +223,18 @@ class _KeysHelp(argparse.RawDescriptionHelpFormatter):
 
 
 def _train(args: argparse.Namespace) -> None:
-    from maxi.config import load
-    from maxi.train import train
+    from maxi.signals import StopRequest
 
-    config = load(args.config, args.overrides)
-    summary = train(config)
+    with StopRequest(where=args.config):  # loading what it needs takes seconds
+        from maxi.config import load
+        from maxi.run import Resume
+        from maxi.train import train, verify
+
+        config = load(args.config, args.overrides)
+    if args.verify_step is not None:
+        verify(config, args.verify_step)
+        return
+    summary = train(config, Resume(tuple(args.allow_change), args.rewind, args.reset_optimizer))
     if not processes.is_first():
         return
     parts = [f"{summary.steps} steps"]
@@ -298,6 +335,13 @@ def _report(args: argparse.Namespace) -> None:
     print(report(args.runs, args.out, png=args.png))
 
 
+def _checkpoint(args: argparse.Namespace) -> None:
+    from maxi import checkpoint_table as table
+
+    kinds = {"list": table.list_checkpoints, "verify": table.verify_checkpoints, "adopt": table.adopt_checkpoints}
+    kinds[args.checkpoint](args.run_dir, sys.stdout)
+
+
 def _bench_kernels(args: argparse.Namespace) -> None:
     from maxi.bench.kernels import bench_kernels
 
@@ -362,7 +406,7 @@ def _set_up_logging(level: int) -> None:
     log.setLevel(level)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install torch, on stderr
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # and says of a damaged folder what our own line says
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells of a full disk in thousands of lines, we in one
     logging.getLogger("orbax").setLevel(logging.ERROR)
 
 
@@ -370,9 +414,11 @@ def _explain(error: BaseException) -> MaxiError:
     """What to tell the user about an error that nobody foresaw."""
     if isinstance(error, MaxiError):
         return error
-    if isinstance(error, OSError) and error.errno and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT)):
-        where = " -> ".join(str(name) for name in (error.filename, error.filename2) if name)
+    where = " -> ".join(str(name) for name in (error.filename, error.filename2) if name) if isinstance(error, OSError) else ""
+    if isinstance(error, OSError) and error.errno and (where or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
         return EnvironmentFault((error.strerror or "disk error").lower(), where, "check the path, its rights and the disk")
+    if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):  # Python tried to write into each
+        return EnvironmentFault("no temporary directory can be written", "TMPDIR", "make room, or let it name another folder")
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return EnvironmentFault(
             "out of memory", type(error).__name__, "raise micro_batches, set compute.remat, or lower seq_len"
@@ -429,5 +475,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def command() -> int:
+    """`main` for a process of its own: one that was asked to stop and has saved ends with 75, whoever asks again."""
+    code = main()
+    if code == Preempted.code:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+    return code
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

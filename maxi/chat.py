@@ -190,6 +190,7 @@ def _command(chat: Chat, word: str, rest: str, out: TextIO) -> None:
 def _exchange(chat: Chat, text: str, out: TextIO) -> None:
     """A message and its answer."""
     with StopRequest() as stop:
+        stop.ready()
         try:
             dropped = chat.ask(text)
         except (ConfigError, DataError) as error:

@@ -27,7 +27,7 @@ from maxi.data.examples import PHRASES, Examples
 from maxi.data.loader import Opened, content_of, open_data, open_template
 from maxi.data.tokenizer import Tokenizer
 from maxi.errors import ConfigError, DataError
-from maxi.run import write_whole
+from maxi.whole import write_whole
 
 log = logging.getLogger("maxi")
 

@@ -3,12 +3,16 @@
 from collections.abc import Mapping
 
 
-def options(platform: str, mesh: Mapping[str, int]) -> dict[str, str] | None:
-    """What to give `jax.jit` as `compiler_options` for a step on a mesh of these sizes. None changes a result."""
+def options(platform: str, mesh: Mapping[str, int], deterministic: bool = False) -> dict[str, str | bool] | None:
+    """What to give `jax.jit` as `compiler_options` for a step on a mesh of these sizes. None changes a result, but that
+    `deterministic` makes it the same every time."""
+    if platform == "gpu" and deterministic:
+        # By default sums by atomic additions, and kernels that are chosen by timing them, may differ from run to run.
+        return {"xla_gpu_deterministic_ops": True}
     if platform != "tpu":
         return None
     # Room on the chip for larger fusions around matmuls; the default is 16 MiB of 128. Qwen3-0.6B's step on 16 v5e: -14 ms.
-    chosen = {"xla_tpu_scoped_vmem_limit_kib": "32768"}
+    chosen: dict[str, str | bool] = {"xla_tpu_scoped_vmem_limit_kib": "32768"}
     # Gathers run beside the computation on a v5e by themselves, on a v5p only when told: 153 instead of 161 ms on 64 of them.
     chosen["xla_enable_async_all_gather"] = "true"
     if all(size == 1 for axis, size in mesh.items() if axis != "fsdp"):

@@ -101,3 +101,9 @@ class Preempted(MaxiError):
     """Asked to stop; the state is saved. Running the same command again goes on."""
 
     code = 75
+
+
+class StorageFault(MaxiError):
+    """Storage that does not answer for the moment. Running the same command again goes on."""
+
+    code = 75

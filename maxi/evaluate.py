@@ -38,8 +38,8 @@ from maxi.models.sampling import Sampling
 from maxi.objectives import Sums
 from maxi.params import Tree
 from maxi.pretrained import open_model
-from maxi.run import write_whole
 from maxi.sharding import fetch
+from maxi.whole import write_whole
 
 if TYPE_CHECKING:
     from maxi.data.chat_template import ChatTemplate

@@ -10,16 +10,16 @@ The trainer's loop sits in one thread; `waiting` may be asked from another.
 """
 
 import json
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from maxi.errors import MaxiError
+from maxi.lines import Lines
 
 START_UP, COMPILE, STEPS = "start-up", "compile", "steps"
 """The phases that the loop itself goes through; all others are entered by `Events.phase`."""
@@ -74,7 +74,8 @@ class Events:
             self._phase, self._since = self._base, self._clock()
             self.note(name, seconds=self._since - began, **about)
             if self._file is not None:
-                os.fsync(self._file)  # where the folder is a mounted bucket, it sees nothing sooner
+                with suppress(OSError):
+                    self._file.flush()  # where the folder is a mounted bucket, it sees nothing sooner
 
     def stepping(self) -> None:
         """The loop begins: what comes next is the first step, which compiles."""
@@ -101,12 +102,12 @@ class Events:
         return (self._step + 1, self._clock() - since, list(self._seconds)) if self._phase == STEPS else None
 
     def note(self, event: str, **values: Any) -> None:
-        """Writes one line by one call, so that a kill tears at most the last."""
+        """Writes one line by one call, so that a kill tears at most the last; where the disk is full, as soon as it is not."""
         if self._file is None:
             return
         line = {"event": event, "time": time.time(), "at": self._clock() - self._begin} | values
         line = {key: round(value, 4) if isinstance(value, float) else value for key, value in line.items()}
-        os.write(self._file, (json.dumps(line, ensure_ascii=False) + "\n").encode())
+        self._file.add(json.dumps(line, ensure_ascii=False))
 
     def __enter__(self) -> "Events":
         return self
@@ -119,7 +120,7 @@ class Events:
             self._write_base(self._base)
         self.note("stop", step=self._step, code=_code(error))
         if self._file is not None:
-            os.close(self._file)
+            self._file.close()
             self._file = None
 
     def _write_base(self, following: str, **about: Any) -> None:
@@ -158,12 +159,12 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _append_to(path: Path) -> int:
+def _append_to(path: Path) -> Lines:
     """The file, for whole lines at its end; a torn line before them is ended first."""
     torn = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
-    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    file = Lines(path)
     if torn:
-        os.write(file, b"\n")
+        file.add("")
     return file
 
 

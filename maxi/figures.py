@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from maxi.errors import ConfigError
-from maxi.run import write_whole
+from maxi.whole import write_whole
 
 
 def console() -> Console:

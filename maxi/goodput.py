@@ -16,7 +16,8 @@ from typing import Any, TextIO
 
 from maxi.errors import DataError, ModelFolderError
 from maxi.events import COMPILE, START_UP, STEPS, read_events
-from maxi.run import Run, write_whole
+from maxi.run import Run
+from maxi.whole import write_whole
 
 LOST, DOWN, OTHER = "lost steps", "down", "other"
 _ORDER = (STEPS, LOST, START_UP, COMPILE, "evaluation", "checkpoint")

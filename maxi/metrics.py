@@ -10,20 +10,20 @@ import json
 import math
 import os
 import resource
-import stat
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from maxi import processes
+from maxi import faults, processes
 from maxi.errors import EnvironmentFault, NumericsError
 from maxi.events import Events
+from maxi.lines import Lines
 from maxi.sections import LogConfig
 
 GIVE_UP_AFTER = 5
@@ -55,16 +55,12 @@ class Recorder:
         self._events = events or Events(None, config.every)
         self._every, self._total, self._mfu, self._memory, self._watch = config.every, total, mfu, memory, watch
         writes = processes.is_first()
-        self._files: dict[str, IO[str]] = {
-            n: (folder / f"{n}.jsonl" if writes else Path(os.devnull)).open("a", encoding="utf-8")
-            for n in ("metrics", "perf", "samples")
-        }
+        places = {name: folder / f"{name}.jsonl" if writes else Path(os.devnull) for name in ("metrics", "perf", "samples")}
+        self._files = {name: Lines(path) for name, path in places.items()}
         self._pending: tuple[int, Values, float] | None = None
-        self._first, self._skipped, self._window = True, 0, _Window()
+        self._first, self._skipped, self._skipped_in_all, self._window = True, 0, 0, _Window()
         self._trackers = [_tracker(name, config.project, folder, run_config) for name in config.to if writes]
-        self._trackers += (
-            [_tensorboard(folder / "tensorboard", start)] if writes else []
-        )  # last: it runs a thread that must be closed
+        self._trackers += [_tensorboard(folder / "tensorboard", start)] if writes else []
         self._screen = _Screen(start, total, silent=not writes)
         self.tokens_per_s: list[float] = []
 
@@ -92,14 +88,7 @@ class Recorder:
             self._first, self._window = False, _Window()
         else:
             self._window.add(metrics["train/tokens"], data_wait)
-        self._skipped = self._skipped + 1 if metrics["train/skipped"] else 0
-        if self._skipped >= GIVE_UP_AFTER:
-            self.flush()
-            raise NumericsError(
-                f"loss or gradient was not finite {GIVE_UP_AFTER} times in a row",
-                f"step {step}",
-                "lower optim.lr, or look at the data of these steps",
-            )
+        self._count_skipped(step, metrics)
         if step % self._every == 0 or step == self._total:
             perf = self._window.rates()
             self._window = _Window()
@@ -114,6 +103,24 @@ class Recorder:
         for line in self._watch(metrics):
             self.say(f"warning at step {step}: {line}")
         self._screen.advance(step)
+
+    def _count_skipped(self, step: int, metrics: Values) -> None:
+        if not metrics["train/skipped"]:
+            self._skipped = 0
+            return
+        self._skipped, self._skipped_in_all = self._skipped + 1, self._skipped_in_all + 1
+        spike = metrics.get("train/spike")
+        why = f"its loss {metrics['train/loss']:.4g} is a spike" if spike else "its loss or gradient is not finite"
+        self.say(
+            f"warning: step {step} changed nothing, {why} ({self._skipped} in a row, {self._skipped_in_all} since the start)"
+        )
+        if self._skipped >= GIVE_UP_AFTER:
+            self.flush()
+            raise NumericsError(
+                f"{'the loss was a spike' if spike else 'loss or gradient was not finite'} {GIVE_UP_AFTER} times in a row",
+                f"step {step}",
+                "go back with --rewind R:S, lower optim.lr with --allow-change optim.lr, or look at the data of these steps",
+            )
 
     @contextmanager
     def paused(self, what: str, step: int) -> Iterator[None]:
@@ -141,12 +148,15 @@ class Recorder:
         self._screen.say(line)
 
     def flush(self) -> None:
-        """All that was recorded is in the files; called before a checkpoint says that these steps are done."""
+        """All that was recorded is in the files; called before a checkpoint says that these steps are done.
+
+        Raises OSError when it cannot be written; it is kept then, and written as soon as that is possible.
+        """
         self.drain()
+        faults.at("records.flush")
         for file in self._files.values():
             file.flush()
-            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                os.fsync(file.fileno())  # a bucket that is mounted as a folder gets a file when it is synced, no sooner
+        faults.at("records.flushed")
 
     def __enter__(self) -> "Recorder":
         return self
@@ -159,12 +169,21 @@ class Recorder:
             file.close()
 
     def _write(self, name: str, step: int, values: Values) -> None:
-        finite = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._files[name].write(json.dumps({"step": step, **finite}, ensure_ascii=False) + "\n")
+        self._files[name].add(json.dumps({"step": step, **_finite(values)}, ensure_ascii=False))
 
     def _track(self, step: int, values: Values) -> None:
         for tracker in self._trackers:
             tracker(step, values)
+
+
+def plain(metrics: Values) -> dict[str, Any]:
+    """Metrics of a step (device scalars) as metrics.jsonl has them."""
+    return _finite({name: float(value) for name, value in metrics.items()})
+
+
+def _finite(values: Values) -> dict[str, Any]:
+    """JSON knows neither NaN nor infinity."""
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 class _Window:
@@ -221,7 +240,12 @@ class _Screen:
         self.say(f"step {step}/{self._total}  {text}  {left // 60:.0f}:{left % 60:02.0f} left")
 
     def say(self, line: str) -> None:
-        self._console.print(line)
+        try:
+            self._console.print(line)
+        except BrokenPipeError:
+            raise
+        except OSError:
+            return  # what is printed goes to a file on a full disk: no reason to end a run
 
     def close(self) -> None:
         if self._bar:
@@ -233,16 +257,15 @@ Tracker = Callable[[int | None, Values], None]
 
 
 def _tensorboard(folder: Path, start: int) -> Tracker:
-    from tensorboardX import SummaryWriter
+    from maxi.tensorboard import EventFiles
 
-    writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)  # what an interrupted run wrote beyond
+    files = EventFiles(folder, start)
 
     def track(step: int | None, values: Values) -> None:
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                writer.add_scalar(name, value, step)
         if step is None:
-            writer.close()
+            files.close()
+        else:
+            files.write(step, values)
 
     return track
 

@@ -51,8 +51,8 @@ def read_model(path: str | Path) -> Model:
 def open_model(path: str | Path, step: int | None = None, dtype: Any = "float32", mesh: Mesh | None = None) -> Loaded:
     """Model, weights (the moving average where the run kept one) and folder of a MODEL.
 
-    `step` picks a run's checkpoint, by default the newest; weights go to `mesh`, by default to one device. `dtype` None
-    keeps what is stored. Raises ModelFolderError for a folder or step that cannot be used.
+    `step` picks a run's checkpoint, by default the newest that is whole; weights go to `mesh`, by default to one device.
+    `dtype` None keeps what is stored. Raises ModelFolderError for a folder or step that cannot be used.
     """
     folder = model_folder(path)
     if not Run.is_run(path):
@@ -61,18 +61,29 @@ def open_model(path: str | Path, step: int | None = None, dtype: Any = "float32"
         model, params = hf.read(folder, dtype=dtype, mesh=mesh)
         return Loaded(model, params, folder)
     model = read_model(path)
-    checkpoints = Checkpoints(Run(path).checkpoints, read_only=True) if Run(path).checkpoints.is_dir() else None
-    steps = checkpoints.steps() if checkpoints else []
-    if checkpoints is None or not steps:
-        raise ModelFolderError("the run has no checkpoint yet", str(path), "train it further")
-    if step is not None and step not in steps:
-        raise ModelFolderError(f"the run has no checkpoint of step {step}", str(path), f"it has {', '.join(map(str, steps))}")
+    checkpoints = Checkpoints(Run(path).checkpoints, read_only=True)
+    found = _chosen(checkpoints, step, path)
     where = shardings(model.table, mesh) if mesh else model.table.map(lambda *_: SingleDeviceSharding(jax.devices()[0]))
-    params = checkpoints.restore_weights(steps[-1] if step is None else step, abstract_state(abstract(model.table), where))
+    params = checkpoints.restore_weights(found, abstract_state(abstract(model.table), where))
     checkpoints.close()
     if dtype is not None:
         params = jax.tree.map(lambda w: w.astype(dtype), params)
     return Loaded(model, params, folder)
+
+
+def _chosen(checkpoints: Checkpoints, step: int | None, path: str | Path) -> int:
+    """The step to take, its weights as they were written."""
+    steps = checkpoints.steps()
+    if step is None:
+        newest = checkpoints.newest(items=("params",))
+        if newest is None:
+            raise ModelFolderError("the run has no checkpoint yet", str(path), "train it further")
+        return newest
+    if step not in steps:
+        raise ModelFolderError(f"the run has no checkpoint of step {step}", str(path), f"it has {', '.join(map(str, steps))}")
+    if reason := checkpoints.damage(step, items=("params",)):
+        raise ModelFolderError(f"step {step} corrupt: {reason}", str(path), f"it has {', '.join(map(str, steps))}")
+    return step
 
 
 def resolve_config(

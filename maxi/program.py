@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -39,6 +40,8 @@ class Program:
     where: State
     micro_batches: int
     ema: float
+    spikes: steps.Spikes | None = None
+    deterministic: bool = False
 
     def loss(self) -> tuple[steps.Loss, steps.Totals | None]:
         """The objective over the model, and its totals where it has any."""
@@ -57,17 +60,37 @@ class Program:
             totals=totals,
             micro_batches=self.micro_batches,
             ema=self.ema,
+            spikes=self.spikes,
+            deterministic=self.deterministic,
         )
 
     def new_state(self, params: Any) -> State:
         """The state before the first step."""
-        return steps.new_state(params, self.optimizer, self.where, bool(self.ema))
+        return steps.new_state(params, self.optimizer, self.where, bool(self.ema), self.spikes)
+
+    def restarted(self, step: Any, params: Any, ema: Any) -> State:
+        """The state of a run that goes on at `step` with a new optimizer; the schedule goes on as well."""
+        state = self.new_state(params)
+
+        def on(node: Any) -> Any:
+            return node._replace(count=jnp.copy(step)) if _is_schedule(node) else node
+
+        opt_state = jax.tree.map(on, state.opt_state, is_leaf=_is_schedule)
+        average = state.ema if ema is None or state.ema is None else ema
+        return state.replace(step=step, opt_state=opt_state, ema=average)  # type: ignore[attr-defined]
+
+    def with_losses(self, state: State) -> State:
+        """A run that begins to look at its last losses has none yet."""
+        if state.spikes is not None or self.spikes is None:
+            return state
+        losses = jax.device_put(np.asarray(steps.no_losses(self.spikes)), self.where.spikes)
+        return state.replace(spikes=losses)  # type: ignore[attr-defined]
 
     def abstract_state(self) -> State:
         """Shapes, dtypes and shardings of the state."""
 
         def make() -> State:
-            return steps.make_state(init(self.model.table, jax.random.key(0)), self.optimizer, bool(self.ema))
+            return steps.make_state(init(self.model.table, jax.random.key(0)), self.optimizer, bool(self.ema), self.spikes)
 
         return abstract_state(jax.eval_shape(make), self.where)
 
@@ -89,6 +112,7 @@ def build(
     """The program of a run of `total` steps on a mesh of `devices`, every `auto` decided."""
     rate = optim.schedule(optimizer, total)
     update = optim.optimizer(optimizer, model.table, rate)
+    spikes = steps.Spikes(optimizer.spike_zscore, optimizer.spike_window) if optimizer.spike_zscore else None
     return Program(
         model=model,
         objective=objective,
@@ -96,9 +120,11 @@ def build(
         devices=devices,
         rate=rate,
         optimizer=update,
-        where=steps.state_shardings(model.table, update, devices, bool(optimizer.ema)),
+        where=steps.state_shardings(model.table, update, devices, bool(optimizer.ema), spikes),
         micro_batches=micro_batches,
         ema=optimizer.ema,
+        spikes=spikes,
+        deterministic=compute.deterministic,
     )
 
 
@@ -116,6 +142,10 @@ def check_sizes(model: Model, devices: Mesh, batch_size: int, seq_len: int, micr
         what = f"seq_len {seq_len} does not divide into {chunks}, 2 x mesh.context"
         raise ConfigError(what, "seq_len", f"make it a multiple of {chunks}")
     shardings(model.table, devices)
+
+
+def _is_schedule(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByScheduleState)
 
 
 def choose_compute(wanted: ComputeConfig, model: Model) -> Compute:

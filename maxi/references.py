@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from maxi import processes
+from maxi import faults, processes
 from maxi.data import cache
 from maxi.data.loader import Opened, stack
 from maxi.data.sample_rows import PairRows
@@ -152,7 +152,9 @@ def _write(file: Path, values: np.ndarray) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         aside.write_bytes(content.getvalue() + hashlib.sha256(content.getvalue()).digest())
+        faults.at("reference.rename")
         aside.replace(file)
+        faults.at("reference.renamed")
     except OSError as error:
         with suppress(OSError):
             aside.unlink()

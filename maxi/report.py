@@ -34,7 +34,8 @@ from maxi.curves import (
 from maxi.errors import ConfigError, DataError, ModelFolderError
 from maxi.models import from_hf_config
 from maxi.params import count
-from maxi.run import Run, write_whole
+from maxi.run import Run
+from maxi.whole import write_whole
 from maxi.yaml_file import read_text, read_yaml
 
 SAMPLES_SHOWN = 40
@@ -85,7 +86,7 @@ def report(runs: Sequence[str | Path], out: str | Path | None = None, *, png: st
     except (FileExistsError, NotADirectoryError) as error:
         raise ConfigError("there is a file where a folder should be", str(error.filename), "name another") from None
     for _, _, picture, key in drawn:
-        (pictures / f"{key}.png").write_bytes(picture)
+        write_whole(pictures / f"{key}.png", picture)
     write_whole(target, page)
     return target
 

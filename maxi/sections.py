@@ -73,6 +73,8 @@ class DataConfig:
     """Processes that tokenise, each with threads on all cores: more pay where reading is the slow part; 0: one per core."""
     skip_bad: Natural = 0
     """How many unreadable records to skip (each is counted) before giving up."""
+    skip_batches: tuple[tuple[Natural, Count], ...] = ()
+    """Batches never to train on, as [first, how many], the first of all being 0; `--rewind` adds to those of its run."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -218,6 +220,10 @@ class OptimConfig:
     """Gradients are scaled down to this global norm; 0: never."""
     ema: Beta = 0.0
     """Decay of an exponential moving average of the weights, used for evaluation and export; 0: none."""
+    spike_zscore: NonNegative = 0.0
+    """Skip a step whose loss is over the mean of the last ones by this many standard deviations, e.g. 6; 0: never."""
+    spike_window: Annotated[int, Field(ge=2)] = 128
+    """How many losses spike_zscore looks back on; nothing is skipped before there are that many."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -261,6 +267,9 @@ class ComputeConfig:
     head: Literal["auto", "split", "full", "chunked"] = "auto"
     """The vocabulary split over fsdp, all logits of a micro-batch held at once, or slices of them; auto: the first that can,
     full up to 512 MiB of logits a device."""
+    deterministic: bool = False
+    """Refuse an environment that breaks bitwise reproduction or is not that of the run's beginning; on GPU, only kernels
+    that always give the same bits."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -273,6 +282,8 @@ class CheckpointConfig:
     """How many of the newest to keep."""
     background: bool = True
     """Write while training goes on."""
+    grace: Positive = 120.0
+    """Seconds that a stop (SIGTERM, Ctrl-C) may take to finish the step and save; after that it ends with what is saved."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -6,6 +6,7 @@ accumulation is exact and tokens count alike on every device.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import flax.struct
@@ -30,15 +31,35 @@ Metrics = dict[str, jax.Array]
 
 @flax.struct.dataclass
 class State:
-    """All that training changes. `ema` is a moving average of `params`, or None."""
+    """All that training changes. `ema` is a moving average of `params`, or None. `spikes` are the last losses, float32
+    [window] (loss k at k modulo window, NaN where there is none), where steps are skipped by them; else None."""
 
     step: jax.Array
     params: Tree
     opt_state: Any
     ema: Tree | None
+    spikes: jax.Array | None = None
 
 
-def state_shardings(table: Table, optimizer: optax.GradientTransformation, mesh: Mesh, ema: bool) -> State:
+@dataclass(frozen=True)
+class Spikes:
+    """A step is skipped when its loss is over the mean of the last `window` losses by `zscore` of their standard deviations.
+
+    As OLMo-core's SkipStepOptimizer does, with 6 over 128 losses. Every finite loss joins the window, a skipped step's too,
+    so that a loss that stays high is taken for what it is.
+    """
+
+    zscore: float
+    window: int
+
+    def is_spike(self, losses: jax.Array, loss: jax.Array) -> jax.Array:
+        """Whether `loss` is one after `losses`; never before the window is full."""
+        return loss > losses.mean() + self.zscore * losses.std()  # NaN in the window: comparing with NaN is false
+
+
+def state_shardings(
+    table: Table, optimizer: optax.GradientTransformation, mesh: Mesh, ema: bool, spikes: Spikes | None = None
+) -> State:
     """A `State` of shardings: optimizer moments lie as their parameters do, counters on every device."""
     params, whole = shardings(table, mesh), NamedSharding(mesh, PartitionSpec())
     shape = jax.eval_shape(lambda: optimizer.init(init(table, jax.random.key(0))))
@@ -50,7 +71,8 @@ def state_shardings(table: Table, optimizer: optax.GradientTransformation, mesh:
         transform_non_params=lambda _: whole,
         is_leaf=_masked,
     )
-    return State(step=whole, params=params, opt_state=opt_state, ema=params if ema else None)  # type: ignore[arg-type]
+    average, losses = params if ema else None, whole if spikes else None
+    return State(step=whole, params=params, opt_state=opt_state, ema=average, spikes=losses)  # type: ignore[arg-type]
 
 
 def _masked(node: Any) -> bool:
@@ -58,16 +80,23 @@ def _masked(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
-def make_state(params: Tree, optimizer: optax.GradientTransformation, ema: bool) -> State:
+def make_state(params: Tree, optimizer: optax.GradientTransformation, ema: bool, spikes: Spikes | None = None) -> State:
     """The state before the first step, with float32 weights. Traceable: `jax.eval_shape` gives its shapes."""
     params = jax.tree.map(lambda w: w.astype(jnp.float32), params)
     average = jax.tree.map(jnp.copy, params) if ema else None
-    return State(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)  # type: ignore[call-arg]
+    return State(jnp.zeros((), jnp.int32), params, optimizer.init(params), average, no_losses(spikes))  # type: ignore[call-arg]
 
 
-def new_state(params: Tree, optimizer: optax.GradientTransformation, where: State, ema: bool) -> State:
+def no_losses(spikes: Spikes | None) -> jax.Array | None:
+    """`State.spikes` before the first step."""
+    return jnp.full(spikes.window, jnp.nan, jnp.float32) if spikes else None
+
+
+def new_state(
+    params: Tree, optimizer: optax.GradientTransformation, where: State, ema: bool, spikes: Spikes | None = None
+) -> State:
     """`make_state`, each leaf built where it belongs."""
-    return jax.jit(lambda params: make_state(params, optimizer, ema), out_shardings=where)(params)
+    return jax.jit(lambda params: make_state(params, optimizer, ema, spikes), out_shardings=where)(params)
 
 
 def rows_sharding(mesh: Mesh) -> NamedSharding:
@@ -134,12 +163,15 @@ def make_step(
     totals: Totals | None = None,
     micro_batches: int = 1,
     ema: float = 0.0,
+    spikes: Spikes | None = None,
+    deterministic: bool = False,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The jitted `step(state, batch) -> (state, metrics)`; it consumes (donates) the state it is given.
 
     `batch` arrays are [B, ...]; metrics are float32 scalars. `totals` gives sums that the loss has to know of the whole
     batch beforehand; added up over the micro-batches they are the loss's `batch["totals"]`. When loss or gradient is
-    not finite the state stays as it was but for the step count, and `train/skipped` is 1.
+    not finite, or the loss is one of `spikes`, the state stays as it was but for the step count (and the last losses), and
+    `train/skipped` is 1; `train/spike` is 1 in the second case.
     """
 
     def sums_and_gradient(params: Tree, batch: Batch) -> tuple[Sums, Tree]:
@@ -161,18 +193,25 @@ def make_step(
         average = None
         if state.ema is not None:
             average = jax.tree.map(lambda old, new: ema * old + (1 - ema) * new, state.ema, params)
-        changed = State(state.step, params, opt_state, average)  # type: ignore[arg-type]
+        mean, losses = sums.loss / weight, state.spikes
+        spike = spikes.is_spike(losses, mean) if spikes and losses is not None else jnp.bool(False)
+        if spikes and losses is not None:
+            at = state.step % spikes.window
+            losses = losses.at[at].set(jnp.where(jnp.isfinite(mean), mean, losses[at]))
+        fine &= ~spike
+        changed = State(state.step, params, opt_state, average, state.spikes)  # type: ignore[arg-type]
         kept = jax.tree.map(lambda new, old: jnp.where(fine, new, old), changed, state)
         metrics = {
             **{name: total / jnp.maximum(count, 1.0) for name, (total, count) in sums.metrics.items()},
             "train/tokens": (batch["segments"] != 0).sum().astype(jnp.float32),
             "train/skipped": 1.0 - fine,
+            **({"train/spike": spike.astype(jnp.float32)} if spikes else {}),
             "optim/grad_norm": norm,
             "optim/lr": jnp.asarray(rate(state.step), jnp.float32),
         }
-        return kept.replace(step=state.step + 1), metrics
+        return kept.replace(step=state.step + 1, spikes=losses), metrics
 
-    options = compiler.options(platform(), jax.sharding.get_abstract_mesh().shape)
+    options = compiler.options(platform(), jax.sharding.get_abstract_mesh().shape, deterministic)
     return jax.jit(step, donate_argnums=0, out_shardings=(where, None), compiler_options=options)
 
 

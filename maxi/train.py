@@ -12,7 +12,8 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from maxi import __version__, evaluate, mesh, objectives, pretrained, processes, program, references, scores
+from maxi import __version__, evaluate, mesh, objectives, pretrained, processes, program, references, rewind, scores
 from maxi import export as exports
 from maxi import step as steps
 from maxi.checkpoint import Checkpoints
@@ -36,6 +37,7 @@ from maxi.data.tokenizer import Tokenizer
 from maxi.errors import ConfigError, DataError, Preempted
 from maxi.events import Events
 from maxi.generation import complete, conversation
+from maxi.health import Health, weights_of
 from maxi.hf import Loaded
 from maxi.hf.config_json import config_fields, generation_fields
 from maxi.metrics import Recorder, process_memory
@@ -44,12 +46,15 @@ from maxi.models.sampling import Sampling
 from maxi.objectives import Objective
 from maxi.params import count, init
 from maxi.program import Program
-from maxi.run import Run, claim, record, truncate_after, write_whole
+from maxi.replay import verify_step
+from maxi.run import AS_BEFORE, Resume, Run, claim, exported_step, record, reset_at, truncate_after
 from maxi.runtime import set_up
+from maxi.saving import Saver
 from maxi.signals import StopRequest
 from maxi.step import State
-from maxi.watch import Watch, too_small_for_bf16
+from maxi.watch import NO_CHANGE, Watch, too_small_for_bf16
 from maxi.watchdog import Watchdog
+from maxi.whole import write_whole
 
 log = logging.getLogger("maxi")
 
@@ -91,36 +96,50 @@ class Job:
         return self.program.objective
 
 
-def train(config: Config) -> Summary:
-    """Trains as configured, resuming if the run folder holds a checkpoint.
+def train(config: Config, resume: Resume = AS_BEFORE) -> Summary:
+    """Trains as configured, resuming if the run folder holds a checkpoint; `resume` says how.
 
     Raises a MaxiError for whatever the user can mend; Preempted, once all is saved, when a signal asked to stop.
     """
     processes.start(Path(config.run_dir), config.processes.start_timeout_s, config.processes.heartbeat_s)
     with (
-        claim(config) as run,
+        StopRequest(config.checkpoint.grace, config.run_dir) as stop,
+        claim(config, resume) as run,
         Events(run.events if processes.is_first() else None, config.log.every, _life(), _shares()) as events,
         processes.together(),
     ):
-        job = _prepare(config, run)
-        with jax.set_mesh(job.devices), StopRequest() as stop:
-            checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep, config.checkpoint.background)
+        config = rewind.settle(run, config, resume.rewind)
+        job = _prepare(config, run, resume)
+        opened = Checkpoints(run.checkpoints, config.checkpoint.keep, config.checkpoint.background)
+        with jax.set_mesh(job.devices), closing(opened) as checkpoints:
             with events.phase("state"):
-                state, start = _begin(job, checkpoints)
+                state, start = _begin(job, checkpoints, resume)
             events.resumed(start)
             if job.objective.needs_reference:
                 with events.phase("reference"):
                     _attach_reference(job, state if start == 0 else None)
             with _recorder(job, start, events) as recorder, _watchdog(job, events, recorder):
                 state = _steps(job, state, start, recorder, checkpoints, stop)
-            checkpoints.close()
         if config.export_hf:
             with events.phase("export"):
                 _export(job, state)
         return _summary(job, recorder)
 
 
-def _prepare(config: Config, run: Run) -> Job:
+def verify(config: Config, number: int) -> None:
+    """Computes step `number` of a run again and compares every bit, see `maxi.replay`; trains nothing."""
+    processes.start(Path(config.run_dir), config.processes.start_timeout_s, config.processes.heartbeat_s)
+    with StopRequest(config.checkpoint.grace, config.run_dir), claim(config) as run, processes.together():
+        job = _prepare(rewind.settle(run, config, None), run, AS_BEFORE)
+        with jax.set_mesh(job.devices), closing(Checkpoints(run.checkpoints, read_only=True)) as checkpoints:
+            if job.objective.needs_reference:
+                _attach_reference(job, None)
+            share = steps.share(job.devices)
+            iterate = partial(job.batches.iterate, shard=share[0], shards=share[1])
+            verify_step(number, run, job.program, checkpoints, partial(_first_state, job), iterate)
+
+
+def _prepare(config: Config, run: Run, resume: Resume) -> Job:
     """All pieces; everything that can be known to fail without compiling fails here."""
     objective = objectives.build(**asdict(config.objective))
     set_up(run.folder / "xla" if processes.count() > 1 else None)
@@ -141,7 +160,7 @@ def _prepare(config: Config, run: Run) -> Job:
     _check_masks(batches, eval_rows)
     total = config.steps or max(1, math.floor((config.epochs or 1) * batches.rows_per_epoch / config.batch_size))
     read = batches.describe() + (eval_rows.describe() if eval_rows else [])
-    record(run, config, {"data": batches.fingerprint, "tokenizer": tokenizer.fingerprint()}, read)
+    record(run, config, {"data": batches.fingerprint, "tokenizer": tokenizer.fingerprint()}, read, resume)
     if processes.is_first():
         _keep_model_files(run, config, model, tokenizer)
     processes.barrier()
@@ -152,29 +171,39 @@ def _prepare(config: Config, run: Run) -> Job:
     return job
 
 
-def _begin(job: Job, checkpoints: Checkpoints) -> tuple[State, int]:
+def _begin(job: Job, checkpoints: Checkpoints, resume: Resume) -> tuple[State, int]:
     """The state to go on from and the number of steps it has behind it: resumed, from other weights, or new."""
-    config = job.config
-    saved = processes.exchange(checkpoints.steps())[0]
-    start = saved[-1] if saved else 0
-    for records in (job.run.metrics, job.run.samples, job.run.perf):
-        truncate_after(records, start if saved else -1)
+    config, saved = job.config, checkpoints.newest()
+    start = saved or 0
     if start > job.total:
         raise ConfigError(f"the run is at step {start} already, past steps {job.total}", "steps", "raise it")
+    for records in (job.run.metrics, job.run.samples, job.run.perf):
+        truncate_after(records, start if saved else -1)
+    if processes.is_first() and exported_step(job.run) > start:
+        job.run.exported.unlink()
     if saved:
         log.info("state: resumed from step %d of %d%s", start, job.total, ", all done" if start >= job.total else "")
-        return checkpoints.restore(start, job.program.abstract_state()), start
-    if config.model.init_from:
-        log.info("state: weights of %s, new optimizer", config.model.init_from)
-    else:
-        log.info("state: new weights from seed %d", config.seed)
-    state = job.program.new_state(_first_weights(job))
+        if resume.reset_optimizer and reset_at(job.run, config, start):
+            log.info("state: new optimizer from step %d on", start)
+            return job.program.restarted(*checkpoints.restore_but_optimizer(start, job.program.abstract_state())), start
+        return job.program.with_losses(checkpoints.restore(start, job.program.abstract_state())), start
+    state = _first_state(job)
     if config.model.init_from and config.export_dtype == "bfloat16" and config.optim.name == "adamw":
         matrices = [weight for weight in jax.tree.leaves(state.params) if weight.ndim >= 2]
         rms = math.sqrt(sum(float(jnp.vdot(w, w)) for w in matrices) / sum(w.size for w in matrices))
         if text := too_small_for_bf16(float(np.sum(jax.vmap(job.program.rate)(jnp.arange(job.total)))), rms):
             log.warning("warning: %s", text)
     return state, 0
+
+
+def _first_state(job: Job) -> State:
+    """The state before the first step."""
+    config = job.config
+    if config.model.init_from:
+        log.info("state: weights of %s, new optimizer", config.model.init_from)
+    else:
+        log.info("state: new weights from seed %d", config.seed)
+    return job.program.new_state(_first_weights(job))
 
 
 def _first_weights(job: Job) -> Any:
@@ -188,11 +217,15 @@ def _steps(job: Job, state: State, start: int, recorder: Recorder, checkpoints: 
     """Steps `start` to `total`. What a checkpoint says is done is in the records before it is written."""
     config, vote = job.config, processes.Vote(job.devices)
     take_step = job.program.step()
-    examine = _examiner(job)
-    if start == 0:
-        with recorder.paused("evaluation", 0):
-            recorder.evaluation(0, *examine(state))
+    examine = _examiner(job, stop)
+    health = Health(job.devices, weights_of(job.program.where))
+    saver = Saver(checkpoints, health, recorder.flush, recorder.say, config.run_dir)
+    if start == 0 or (_evaluates(job, start) and not _evaluated(job, start)):  # a stop saves first and leaves it to us
+        with recorder.paused("evaluation", start):
+            recorder.evaluation(start, *examine(state))
+    untouched = health(weights_of(state)).digest if start == 0 else None
     batches = job.batches.iterate(start, *steps.share(job.devices))
+    stop.ready()
     recorder.begin()
     for done in range(start + 1, job.total + 1):
         asked_at = time.monotonic()
@@ -200,22 +233,38 @@ def _steps(job: Job, state: State, start: int, recorder: Recorder, checkpoints: 
         waited = time.monotonic() - asked_at
         state, metrics = take_step(state, steps.put(batch, job.devices))
         recorder.step(done, metrics, waited)
-        last, stopping = done == job.total, vote.any(bool(stop.asked))
-        if last or done % config.eval.every == 0:
+        saver.poll()
+        if done == 1 and health(weights_of(state)).digest == untouched:
+            recorder.say(f"warning at step 1: {NO_CHANGE}")
+        last, left, stopping = done == job.total, False, vote.any(bool(stop.asked))
+        if _evaluates(job, done):
             with recorder.paused("evaluation", done):
-                recorder.evaluation(done, *examine(state))
-        if last or done % config.checkpoint.every == 0 or stopping:
+                try:
+                    recorder.evaluation(done, *examine(state))
+                except Stopping:
+                    left = True
+        if last or done % config.checkpoint.every == 0 or stopping or left:
             with recorder.paused("checkpoint", done):
-                recorder.flush()
-                checkpoints.save(done, state)
-        if stopping and not last:
+                saver.save(done, state)
+        if left or (stopping and not last):
+            what = f"{stop.asked or 'another process was stopped'} at step {done} of {job.total}"
+            recorder.say(f"{what}: saving, which may take {config.checkpoint.grace:g} s")
             with recorder.paused("checkpoint", done):
-                checkpoints.wait()
-            what = f"{stop.asked or 'another process was stopped'} at step {done} of {job.total}, all is saved"
-            raise Preempted(what, config.run_dir, "run the same command to go on")
+                saver.finish(what)
+            raise Preempted(f"{what}, all is saved", config.run_dir, "run the same command to go on")
     with recorder.paused("checkpoint", job.total):
-        checkpoints.wait()
+        saver.finish(f"all {job.total} steps are computed")
     return state
+
+
+def _evaluates(job: Job, done: int) -> bool:
+    """Whether there is an evaluation behind step `done`."""
+    return done == job.total or done % job.config.eval.every == 0
+
+
+def _evaluated(job: Job, done: int) -> bool:
+    there = any(line["step"] == done and any(name.startswith("eval/") for name in line) for line in job.run.lines())
+    return processes.exchange(there)[0]
 
 
 def _attach_reference(job: Job, first: State | None) -> None:
@@ -241,9 +290,17 @@ def _attach_reference(job: Job, first: State | None) -> None:
     )
 
 
-def _examiner(job: Job) -> Callable[[State], tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """What an evaluation does: metrics on the evaluation rows, and continuations of the fixed prompts with their scores."""
+class Stopping(Exception):
+    """An evaluation was left because the run is to stop; it is made up for when the run goes on."""
+
+
+def _examiner(job: Job, stop: StopRequest) -> Callable[[State], tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """What an evaluation does: metrics on the evaluation rows, and continuations of the fixed prompts with their scores.
+
+    Raises Stopping when a stop was asked for.
+    """
     config, place = job.config.eval, partial(steps.put_whole, mesh=job.devices)
+    leaves = processes.count() == 1  # one of several may not do other than the others
     if job.objective.rows in ("documents", "conversations"):
         predict, token_bytes = evaluate.eval_step(job.model, job.program.compute), job.tokenizer.token_bytes()
         measure = partial(evaluate.measure, predict, token_bytes=token_bytes)
@@ -252,11 +309,20 @@ def _examiner(job: Job) -> Callable[[State], tuple[dict[str, Any], list[dict[str
         whole = jax.jit(lambda params, batch: loss(params, steps.with_totals(totals, params, batch)))
         measure = partial(evaluate.measure_sums, whole)
 
+    def unless_stopped(batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
+            if leaves and stop.asked:
+                raise Stopping
+            yield batch
+
     def examine(state: State) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         params = state.params if state.ema is None else state.ema
         values: dict[str, Any] = {}
         if job.eval_rows is not None:
-            values = measure(params, batches=job.eval_rows.batches(config.max_rows), place=place)
+            rows = job.eval_rows.batches(config.max_rows)
+            values = measure(params, batches=unless_stopped(rows), place=place)
+        if leaves and stop.asked:
+            raise Stopping
         if not config.prompts:
             return values, []
         loaded = Loaded(job.model, params, job.run.model)
@@ -367,8 +433,7 @@ def _life() -> dict[str, Any]:
 def _export(job: Job, state: State) -> None:
     """hf/, unless it is already of this step."""
     run = job.run
-    there = run.hf.is_dir() and run.exported.is_file() and json.loads(run.exported.read_text())["step"] == job.total
-    if processes.exchange(there)[0]:
+    if processes.exchange(run.hf.is_dir() and exported_step(run) == job.total)[0]:
         return
     params = state.params if state.ema is None else state.ema
     exports.write(run, Loaded(job.model, params, run.model), run.hf.resolve(), force=True)

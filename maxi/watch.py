@@ -1,4 +1,4 @@
-"""Signs that a run of preferences goes wrong, with their cause and what to do next, each said once.
+"""Signs that a run goes wrong, most of them for preferences, with their cause and what to do next, each said once.
 
 It reads the metrics of every step and knows nothing of models or optimizers. Means are taken over WINDOW steps, because a
 batch of a few pairs says little.
@@ -16,6 +16,9 @@ STUCK = 2e-3
 SLIDING = 3
 """Windows in a row in which chosen answers lose while the margin grows."""
 
+NO_GRADIENT = "the gradient is 0, so nothing is learned: look which tokens are trained (`maxi check`)"
+NO_CHANGE = "the first step changed no weight: look at optim.lr, or at what is said of its gradient"
+
 BF16_HALF_STEP = 2.0**-9
 """Half of bfloat16's relative spacing: a smaller change of a weight is rounded away."""
 
@@ -27,9 +30,15 @@ class Watch:
         self._window: list[tuple[float, float, float]] = []
         self._means: list[tuple[float, float, float]] = []
         self._said: set[str] = set()
+        self._first_seen = False
 
     def step(self, metrics: Mapping[str, Any]) -> list[str]:
-        """`metrics` of one step as numbers; those without rewards have nothing to watch."""
+        """`metrics` of one step as numbers."""
+        still = [] if self._first_seen or metrics.get("optim/grad_norm") != 0 else [NO_GRADIENT]
+        self._first_seen = True
+        return still + self._of_preferences(metrics)
+
+    def _of_preferences(self, metrics: Mapping[str, Any]) -> list[str]:
         names = ("train/loss", "rewards/chosen", "rewards/margins")
         if not all(name in metrics for name in names):
             return []

@@ -1,6 +1,7 @@
 """The command line: its surface as a golden text, what importing costs, and bad arguments in one line."""
 
 import argparse
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from maxi.__main__ import main, parser
+from maxi.__main__ import _explain, main, parser
 from tests import golden
 
 
@@ -74,6 +75,21 @@ def test_bad_arguments_are_one_line(argv: list[str], code: int, words: str, tmp_
     assert main([part.format(tmp=tmp_path) for part in argv]) == code
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and err.startswith(f"maxi: error[{code}] ") and words in err, err
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.EFBIG, "File too large", "runs/a/run.json"), "file too large (runs/a/run.json)"),
+        (
+            FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp', '/var/tmp']"),
+            "no temporary directory can be written",
+        ),
+    ],
+)
+def test_a_disk_that_takes_nothing_is_one_line(error: OSError, words: str) -> None:
+    line = _explain(error).line()
+    assert line.startswith("maxi: error[6] ") and words in line and "[" not in line.removeprefix("maxi: error[6]")
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

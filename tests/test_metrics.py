@@ -1,5 +1,6 @@
 """Records of a run: what lands in which file, when it gives up, and what trackers are told."""
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -52,6 +53,21 @@ def test_warnings_are_shown_with_their_step(tmp_path: Path, capsys: pytest.Captu
         for step in range(1, 11):
             records.step(step, METRICS | {"train/loss": float(step == 3) * 9}, 0.0)
     assert capsys.readouterr().out.count("warning at step 3: too hot") == 1
+
+
+def test_a_terminal_on_a_full_disk_is_no_reason_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: str) -> None:
+        raise fault
+
+    with recorder(tmp_path, every=1) as records:
+        monkeypatch.setattr(records._screen._console, "print", refuse)
+        fault: OSError = OSError(errno.ENOSPC, "No space left on device")
+        records.step(1, METRICS, 0.0)
+        records.flush()
+        assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, **METRICS}]
+        fault = BrokenPipeError()  # nobody reads any more, as behind `| head`
+        with pytest.raises(BrokenPipeError):
+            records.say("hello")
 
 
 def test_gives_up_after_several_steps_that_are_not_finite(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from maxi import mesh, objectives, optim, step
+from maxi import compiler, mesh, objectives, optim, step
 from maxi.errors import ConfigError
 from maxi.models import decoder, from_hf_config
 from maxi.models.decoder import Compute
@@ -56,6 +56,7 @@ def train(
     axes: dict[str, int] | None = None,
     z_loss: float = 1e-4,
     batches: Any = make_batch,
+    spikes: step.Spikes | None = None,
     **compute: Any,
 ) -> tuple[list[dict[str, float]], Any]:
     """A few steps; the losses, gradient norms and final parameters."""
@@ -66,10 +67,10 @@ def train(
     optimizer = optim.optimizer(config, family.table, rate)
     loss = partial(objectives.build("pretrain", z_loss=z_loss).loss, decoder.Logprobs(family, Compute(**compute)))
     with jax.set_mesh(over):
-        where = step.state_shardings(family.table, optimizer, over, bool(config.ema))
+        where = step.state_shardings(family.table, optimizer, over, bool(config.ema), spikes)
         params = jax.jit(partial(init, family.table), out_shardings=where.params)(jax.random.key(0))
-        state = step.new_state(params, optimizer, where, bool(config.ema))
-        take = step.make_step(loss, optimizer, rate, where, micro_batches=micro, ema=config.ema)
+        state = step.new_state(params, optimizer, where, bool(config.ema), spikes)
+        take = step.make_step(loss, optimizer, rate, where, micro_batches=micro, ema=config.ema, spikes=spikes)
         history = []
         for number in range(steps):
             state, metrics = take(state, step.put(batches(number), over))
@@ -177,6 +178,23 @@ def test_a_step_that_is_not_finite_changes_nothing() -> None:
     clean = train(batches=lambda number: make_batch(0 if number == 0 else 2))[1]
     assert state.step == clean.step == 3
     assert int(state.opt_state[1].count) == 2  # Adam saw two updates
+
+
+def test_a_spike_changes_nothing_but_what_is_known_of_losses() -> None:
+    """By hand: a loss over mean + z * standard deviation of the window, never before the window is full."""
+    spikes = step.Spikes(zscore=0.5, window=3)
+    history, state = train(steps=9, spikes=spikes, z_loss=0.0)
+    losses = [h["train/loss"] for h in history]
+    by_hand = [bool(n >= 3 and losses[n] > np.mean(losses[n - 3 : n]) + np.std(losses[n - 3 : n]) / 2) for n in range(9)]
+    assert [bool(h["train/spike"]) for h in history] == by_hand and 0 < sum(by_hand) < 6, losses
+    assert int(state.opt_state[1].count) == 9 - sum(by_hand)
+    np.testing.assert_allclose(state.spikes, [losses[n] for n in (6, 7, 8)], rtol=1e-6)
+
+
+def test_what_a_gpu_is_told_for_the_same_bits_every_time_is_an_option_that_xla_knows() -> None:
+    told = compiler.options("gpu", {}, deterministic=True)
+    assert told and compiler.options("gpu", {}) is None
+    assert jax.jit(lambda a: a + 1, compiler_options=told)(1) == 2  # an unknown one is refused, on any platform
 
 
 def test_a_batch_with_nothing_to_train_is_no_division_by_zero() -> None:

@@ -31,3 +31,12 @@ def test_a_healthy_run_and_other_objectives_hear_nothing() -> None:
 def test_a_learning_rate_that_bfloat16_cannot_show() -> None:
     assert "export_dtype" in (too_small_for_bf16(1e-6, 0.02) or "")
     assert too_small_for_bf16(1e-3, 0.02) is None
+
+
+def test_a_gradient_of_0_is_said_once() -> None:
+    watch = Watch()
+    still = {"train/loss": 2.0, "optim/grad_norm": 0.0}
+    first, *others = [watch.step(still) for _ in range(3)]
+    assert len(first) == 1 and "the gradient is 0" in first[0] and others == [[], []]
+    watch = Watch()
+    assert [watch.step(values) for values in ({**still, "optim/grad_norm": 0.1}, still)] == [[], []], "only the first step"

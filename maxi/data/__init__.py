@@ -5,6 +5,7 @@ The path, one file a stage:
     documents.py      a source (file, folder, glob, hub name) -> documents, or records
       records.py        what a document is, and which records are refused
       streams.py        bytes and lines of plain, .gz and .zst files, within bounds
+        patient.py        a read that fails for a moment is tried again
       formats.py        .txt, .jsonl, .json (json_text.py) and .parquet (parquet.py)
       hub.py            Hugging Face datasets, on disk or on the hub (optional package `datasets`)
       python_docs.py    the English text that every Python carries, also as questions and preferences
@@ -19,6 +20,7 @@ The path, one file a stage:
     rows.py           documents -> packed rows of equal length, by random access
     sample_rows.py    conversations and pairs -> the same, whole; packing.py says which share a row
     loader.py         rows -> shuffled, mixed batches that are a function of the step
+      skipping.py       which of them no step reads
 
 Beside it, for evaluations: windows.py (documents, every token's document known) and prompts.py (what to continue).
 

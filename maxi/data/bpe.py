@@ -7,6 +7,7 @@ a Qwen2.5 tokenizer reads this one. The end of a document is `<|endoftext|>`, as
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
@@ -67,6 +68,7 @@ def train(texts: Iterable[str], vocab_size: int, out: str | Path, force: bool = 
             raise ConfigError("the tokenizer folder already exists", str(out), "name another, or pass --force")
     backend = _train(texts, vocab_size)
     out.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(out)
     aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         aside.chmod(0o755)
@@ -77,6 +79,13 @@ def train(texts: Iterable[str], vocab_size: int, out: str | Path, force: bool = 
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return Tokenizer.load(out)
+
+
+def _sweep(out: Path) -> None:
+    """Removes what trainings that were killed left behind a day ago or longer."""
+    for left in out.parent.glob(f".{out.name}.????????"):
+        if time.time() - left.stat().st_mtime > 86400:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _train(texts: Iterable[str], vocab_size: int) -> Any:

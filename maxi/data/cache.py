@@ -28,6 +28,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from maxi import faults
 from maxi.data import documents
 from maxi.data.documents import Budget
 from maxi.data.rows import Rows
@@ -283,7 +284,9 @@ def _publish(aside: Path, folder: Path) -> None:
     """Renames a finished cache into place, over nothing but a damaged one; another process may have been first."""
     for _ in range(2):
         try:
+            faults.at("cache.rename")
             aside.rename(folder)
+            faults.at("cache.renamed")
             return
         except OSError:
             if not folder.is_dir():

@@ -21,6 +21,7 @@ from maxi.data.chat_template import ChatTemplate
 from maxi.data.examples import Examples, Kind
 from maxi.data.rows import Row, Rows
 from maxi.data.sample_rows import PairRows
+from maxi.data.skipping import Skips, batch_of, stretches
 from maxi.data.texts import Texts
 from maxi.data.tokenizer import Tokenizer
 from maxi.errors import ConfigError, DataError
@@ -65,8 +66,10 @@ class Opened:
 class Batches:
     """The training batches: `batch(step)` by random access, `iterate(step)` reading ahead."""
 
-    def __init__(self, opened: Sequence[Opened], *, batch_size: int, seed: int):
-        """Raises DataError when the sources have fewer rows than one batch, or one of them has none."""
+    def __init__(self, opened: Sequence[Opened], *, batch_size: int, seed: int, skips: Skips = ()):
+        """`skips`: batches that no step reads. Raises DataError when the sources have fewer rows than one batch, or one of
+        them has none."""
+        self._skips = skips
         self.opened, self.batch_size, self.seed, self.width = tuple(opened), batch_size, seed, opened[0].rows.width
         for entry in opened:
             if not len(entry.rows):
@@ -105,18 +108,25 @@ class Batches:
         return [line for entry in self.opened for line in entry.describe()]
 
     def batch(self, step: int, shard: int = 0, shards: int = 1) -> Batch:
-        """Batch number `step` (from 0), or of it part `shard` of `shards`: arrays [B/shards, T] with the keys of a row.
+        """What step `step` (from 0) reads, or of it part `shard` of `shards`: arrays [B/shards, T] with the keys of a row.
 
         Raises ConfigError when batch_size does not divide into the shards.
         """
-        return self._part(shard, shards)[step * shards + shard]
+        return self._part(shard, shards)[batch_of(step, self._skips) * shards + shard]
 
     def iterate(self, start_step: int = 0, shard: int = 0, shards: int = 1) -> Iterator[Batch]:
         """`batch(start_step)`, `batch(start_step + 1)`, ... without end, read ahead by threads. Raises as `batch` does."""
         import grain
 
-        parts = self._part(shard, shards).slice(slice(start_step * shards + shard, None, shards))
-        return _close_after(iter(parts.to_iter_dataset(grain.ReadOptions(READ_THREADS, READ_AHEAD))))
+        parts = self._part(shard, shards)
+        reading = grain.ReadOptions(READ_THREADS, READ_AHEAD)
+
+        def read() -> Iterator[Batch]:
+            for first, stop in stretches(start_step, self._skips):
+                chosen = slice(first * shards + shard, None if stop is None else stop * shards, shards)
+                yield from _close_after(iter(parts.slice(chosen).to_iter_dataset(reading)))
+
+        return read()
 
     def _part(self, shard: int, shards: int) -> Any:
         """The mix as parts of a batch: part k*shards + j is what shard j reads for batch k."""
@@ -182,7 +192,7 @@ def open_data(data: DataConfig, content: Content, *, batch_size: int, seed: int,
         raise DataError(f"no {content.noun} fell into the held-out share", "data.eval_share", fix)
     for entry in (pairs := pair_rows([*train, *evaluated])):
         entry.pairs = max(other.most_items for other in pairs)  # rows that are stacked have room for as many pairs
-    batches = Batches(train, batch_size=batch_size, seed=seed)
+    batches = Batches(train, batch_size=batch_size, seed=seed, skips=data.skip_batches)
     return batches, EvalRows(evaluated, batch_size=batch_size) if evaluated else None
 
 

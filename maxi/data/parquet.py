@@ -13,6 +13,7 @@ from maxi.data import streams
 from maxi.data.json_text import MOST_VALUES
 from maxi.data.records import missing
 from maxi.errors import DataError
+from maxi.paths import open_file
 
 ROWS = 256
 """Decoded at once, unless they may take over BYTES."""
@@ -29,7 +30,7 @@ def rows(path: Path, only: str | None) -> Iterator[tuple[Any, str]]:
 
     number, name, size = 0, str(path), 0
     try:
-        with streams.open_file(path) as raw, pq.ParquetFile(raw) as file:
+        with open_file(path) as raw, pq.ParquetFile(raw) as file:
             columns = _columns(file.schema_arrow, only, name)
             at_once = _rows_at_once(file.metadata, columns, name)
             for batch in file.iter_batches(at_once, columns=columns):

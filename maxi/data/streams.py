@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from maxi.data.patient import PatientFile
 from maxi.errors import DataError
-from maxi.paths import open_file
 
 COMPRESSIONS = (".gz", ".zst")
 MAX_LINE_BYTES = 100_000_000
@@ -27,7 +27,7 @@ def pieces(path: Path) -> Iterator[bytes]:
     """The decompressed bytes of a file. Raises DataError when it cannot be read, is truncated, damaged or a bomb."""
     try:
         if path.suffix not in COMPRESSIONS:
-            with open_file(path) as file:
+            with PatientFile(path) as file:
                 while piece := file.read(_PIECE):
                     yield piece
             return
@@ -97,7 +97,7 @@ def _line(line: bytes, number: int, path: Path) -> bytes:
 
 def _gunzip(path: Path) -> Iterator[tuple[bytes, int]]:
     """(piece, compressed bytes read so far); members that follow each other are one stream, zero padding may end it."""
-    with open_file(path) as file:
+    with PatientFile(path) as file:
         inflate, pending = zlib.decompressobj(wbits=31), b""
         while data := pending or file.read(_PIECE):
             if inflate.eof:
@@ -120,7 +120,7 @@ def _unzstd(path: Path) -> Iterator[tuple[bytes, int]]:
     def start() -> Any:
         return zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj()
 
-    with open_file(path) as file:
+    with PatientFile(path) as file:
         inflate, pending, begun = start(), b"", False
         while data := pending or file.read(_ZSTD_PIECE):
             if inflate.eof:

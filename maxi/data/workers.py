@@ -6,6 +6,7 @@ SIGINT and SIGTERM, which are the parent's to handle, and end when the parent is
 """
 
 import itertools
+import logging
 import multiprocessing
 import os
 import signal
@@ -26,6 +27,13 @@ IN_PROCESS = 4 << 20
 BATCH = 1 << 18
 """Characters that are handed to a worker at once."""
 
+HUNG = 600.0
+"""Seconds without an answer after which a worker counts as dead."""
+RESTARTS = 1
+"""How often the workers are started again when one of them dies. Their texts are still here, so nothing is lost."""
+
+log = logging.getLogger("maxi")
+
 Encoded = tuple[np.ndarray, np.ndarray]
 
 _backend: Any = None
@@ -34,7 +42,7 @@ _backend: Any = None
 def encode(texts: Iterable[str], tokenizer: Tokenizer, workers: int) -> Iterator[Encoded]:
     """Yields (ids int32 [n], lengths int64 [texts]) for one stretch of `texts` after the other.
 
-    workers: processes; 0 for one per core. Raises EnvironmentFault when one of them is killed.
+    workers: processes; 0 for one per core. Raises EnvironmentFault when one of them is killed, or hangs, a second time.
     """
     batches = _batched(texts)
     for batch in _first(batches):
@@ -56,21 +64,59 @@ def cores() -> int:
 
 
 def _in_parallel(batches: Iterable[list[str]], backend: str, workers: int) -> Iterator[Encoded]:
-    # spawn: this process runs threads (the tokenizer's own, maybe a device runtime's), which a fork would freeze
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (backend,))
+    pool = _pool(backend, workers)
+    waiting: deque[tuple[list[str], Future[Encoded]]] = deque()
+    died = 0
     try:
-        waiting: deque[Future[Encoded]] = deque()
-        for batch in batches:
-            waiting.append(pool.submit(_work, batch))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool:
-        fix = "lower data.workers; if a script of yours starts the run, guard it with if __name__ == '__main__'"
-        raise EnvironmentFault("a tokenising process died, often for lack of memory", f"{workers} workers", fix) from None
+        for batch in itertools.chain(batches, [None]):
+            if batch is not None:
+                waiting.append((batch, _submit(pool, batch)))
+            while waiting and (batch is None or len(waiting) > 2 * workers):
+                try:
+                    found = waiting[0][1].result(HUNG)
+                except (BrokenProcessPool, TimeoutError) as error:
+                    died += 1
+                    if died > RESTARTS:
+                        raise _gave_up(error, workers) from None
+                    log.warning("warning: a tokenising process %s; all are started again", _how(error))
+                    _abandon(pool)
+                    pool = _pool(backend, workers)
+                    waiting = deque((texts, _submit(pool, texts)) for texts, _ in waiting)
+                    continue
+                waiting.popleft()
+                yield found
     finally:
-        pool.shutdown(cancel_futures=True)
+        _abandon(pool)
+
+
+def _pool(backend: str, workers: int) -> ProcessPoolExecutor:
+    # spawn: this process runs threads (the tokenizer's own, maybe a device runtime's), which a fork would freeze
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (backend,))
+
+
+def _submit(pool: ProcessPoolExecutor, batch: list[str]) -> Future[Encoded]:
+    try:
+        return pool.submit(_work, batch)
+    except BrokenProcessPool as error:  # it broke meanwhile: whoever asks for the result is told
+        failed: Future[Encoded] = Future()
+        failed.set_exception(error)
+        return failed
+
+
+def _abandon(pool: ProcessPoolExecutor) -> None:
+    """Ends a pool, even one whose processes hang."""
+    for process in list((pool._processes or {}).values()):
+        process.kill()
+    pool.shutdown(cancel_futures=True)
+
+
+def _how(error: BaseException) -> str:
+    return "died, often for lack of memory" if isinstance(error, BrokenProcessPool) else f"gave no answer for {HUNG:g} s"
+
+
+def _gave_up(error: BaseException, workers: int) -> EnvironmentFault:
+    fix = "lower data.workers; if a script of yours starts the run, guard it with if __name__ == '__main__'"
+    return EnvironmentFault(f"a tokenising process {_how(error)}", f"{workers} workers", fix)
 
 
 def _batched(texts: Iterable[str]) -> Iterator[list[str]]:

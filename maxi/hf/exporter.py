@@ -19,7 +19,7 @@ from typing import IO, Any
 import jax
 import numpy as np
 
-from maxi import processes
+from maxi import faults, processes
 from maxi.data.tokenizer import Tokenizer
 from maxi.errors import EnvironmentFault, ModelFolderError, NumericsError
 from maxi.hf.card import default_card
@@ -209,12 +209,14 @@ def _write_json(path: Path, tree: dict[str, Any]) -> None:
 
 def _publish(hidden: Path, out: Path) -> None:
     """Flushes the finished folder and puts it in the target's place; an old one is removed only after that."""
+    faults.at("export.write")
     for path in (*hidden.iterdir(), hidden):
         _flush(path)
     old = _old(out)
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
         out.rename(old)
+    faults.at("export.rename")
     try:
         hidden.rename(out)
     except OSError:
@@ -222,6 +224,7 @@ def _publish(hidden: Path, out: Path) -> None:
             old.rename(out)
         raise
     _flush(out.parent)
+    faults.at("export.renamed")
     shutil.rmtree(old, ignore_errors=True)
 
 

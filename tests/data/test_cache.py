@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,18 @@ Prose = Callable[[int, int], str]
 
 def die(_: list[str]) -> None:
     """Stands in for a worker that the system kills."""
+    os._exit(9)
+
+
+def fail_once(texts: list[str]) -> workers.Encoded:
+    """A worker that is killed, or hangs, at the first texts that any of them gets."""
+    mark = Path(os.environ["FAIL_ONCE"])
+    try:
+        mark.open("x").close()
+    except FileExistsError:
+        return workers._join(workers._backend, texts)
+    if mark.name == "hung":
+        time.sleep(60)
     os._exit(9)
 
 
@@ -113,6 +126,19 @@ def test_killed_worker_is_one_error(
         build(source, tokenizer, tmp_path, workers=2)
     assert not list((tmp_path / "cache").iterdir())
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("how", ["died", "hung"])
+def test_a_worker_that_fails_once_is_started_again(
+    how: str, source: Source, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    whole = build(source, tokenizer, tmp_path / "1")
+    monkeypatch.setenv("FAIL_ONCE", str(tmp_path / how))
+    for name, value in {"BATCH": 500, "IN_PROCESS": 0, "HUNG": 5.0 if how == "hung" else 600, "_work": fail_once}.items():
+        monkeypatch.setattr(workers, name, value)
+    again = build(source, tokenizer, tmp_path / "2", workers=2)
+    assert again.fingerprint == whole.fingerprint and caplog.text.count("all are started again") == 1
+    assert {"died": "died, often", "hung": "no answer for 5 s"}[how] in caplog.text
 
 
 def test_held_out_never_overlaps_train(source: Source, tokenizer: Tokenizer, tmp_path: Path) -> None:
