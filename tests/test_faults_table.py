@@ -10,11 +10,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROWS = re.findall(r"^\| (\d+) \| (.+?) \| (.+?) \| (.+?) \|$", (ROOT / "tests" / "FAULTS.md").read_text("utf-8"), re.MULTILINE)
 
-LATER = frozenset(
-    (14, 15, 16, 17, 18, 20, 47, 48, 49, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63, 64, 65, 66, 67, 68, 69, 70, 71, 81)
-)
-"""Rows that name a test that is not written yet; a number goes when its tests are there, and the suite says so."""
-
 
 @cache
 def names_in(path: str) -> frozenset[str]:
@@ -27,11 +22,7 @@ def test_there_is_a_row_for_each_fault() -> None:
     assert [int(number) for number, *_ in ROWS] == list(range(1, 83))
 
 
-def marked(number: str) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.xfail(strict=True, reason="its test is not written yet")] if int(number) in LATER else []
-
-
-@pytest.mark.parametrize(("number", "tests"), [pytest.param(row[0], row[3], id=row[0], marks=marked(row[0])) for row in ROWS])
+@pytest.mark.parametrize(("number", "tests"), [pytest.param(row[0], row[3], id=row[0]) for row in ROWS])
 def test_each_row_names_tests_that_exist(number: str, tests: str) -> None:
     named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", tests)
     assert named, f"fault {number} has no test"
