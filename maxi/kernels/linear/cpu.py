@@ -17,8 +17,8 @@ __all__ = ["run", "why_not"]
 
 
 FEW_ROWS = 16
-"""Up to as many, as in decoding, a product costs reading the weight. One dot then is half as fast as four of parts of the
-weight, or, where the weight is turned, as one with the weight on the left: the right operand is what XLA:CPU copies."""
+"""Up to as many, as in decoding, a product costs reading the weight. XLA:CPU copies the right operand of a dot, so the weight
+stands on the left then."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 3))
@@ -53,11 +53,7 @@ def _applied(x_rows: jax.Array, matrix: jax.Array, is_turned: bool) -> jax.Array
     """x @ w, or of a turned weight x @ w^T."""
     if len(x_rows) > FEW_ROWS:
         return dot("nk,mk->nm" if is_turned else "nk,km->nm", x_rows, matrix)
-    if is_turned:
-        return dot("mk,nk->mn", matrix, x_rows).T
-    parts = next(c for c in (4, 2, 1) if x_rows.shape[1] % c == 0)
-    x_parts, w_parts = x_rows.reshape(len(x_rows), parts, -1), matrix.reshape(parts, -1, matrix.shape[1])
-    return dot("nck,ckm->cnm", x_parts, w_parts).sum(0)
+    return dot("mk,nk->mn" if is_turned else "km,nk->mn", matrix, x_rows).T
 
 
 def _form(pattern: str) -> tuple[int, bool]:
