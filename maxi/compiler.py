@@ -9,6 +9,10 @@ def options(platform: str, mesh: Mapping[str, int], deterministic: bool = False)
     if platform == "gpu" and deterministic:
         # By default sums by atomic additions, and kernels that are chosen by timing them, may differ from run to run.
         return {"xla_gpu_deterministic_ops": True}
+    if platform == "cpu":
+        # Weights and moments are updated one after the other from the old ones. Without this analysis XLA:CPU copies all
+        # moments first, because it does not see which of those updates comes last: 2.3 GiB of Qwen2.5-0.5B's step.
+        return {"xla_cpu_copy_insertion_use_region_analysis": True}
     if platform != "tpu":
         return None
     # Room on the chip for larger fusions around matmuls; the default is 16 MiB of 128. Qwen3-0.6B's step on 16 v5e: -14 ms.

@@ -13,6 +13,7 @@ from maxi import compiler, mesh, objectives, optim, step
 from maxi.errors import ConfigError
 from maxi.models import decoder, from_hf_config
 from maxi.models.decoder import Compute
+from maxi.objectives.sums import Sums
 from maxi.params import init
 from maxi.sections import MeshConfig, OptimConfig
 from tests import golden
@@ -216,6 +217,28 @@ def test_packed_is_unpacked() -> None:
             alone = {k: jnp.asarray(v[row][here][None]) for k, v in batch.items()}
             logprob, _ = logprobs(params, alone)
             np.testing.assert_allclose(packed[row][here], logprob[0], atol=2e-5)
+
+
+def test_moments_are_updated_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU XLA copies both of every weight by itself (see `maxi.compiler`)."""
+
+    def loss(params: Any, batch: Any) -> Sums:
+        product = params["w"] @ jnp.sin(params["w"] @ params["w"])  # a gradient that no update can compute by itself
+        return Sums(product.sum(), batch["segments"].sum().astype(jnp.float32), {})
+
+    def copies() -> int:
+        over, rate = mesh.build(MeshConfig(), jax.devices()[:1]), optax.constant_schedule(1e-2)
+        optimizer = optim.optimizer(OptimConfig(weight_decay=0.0), from_hf_config(SIZES).table, rate)
+        state = jax.eval_shape(lambda: step.make_state({"w": jnp.zeros((64, 64))}, optimizer, ema=False))
+        where = jax.tree.map(lambda _: jax.NamedSharding(over, jax.P()), state)
+        with jax.set_mesh(over):
+            take: Any = step.make_step(loss, optimizer, rate, where)
+            program = take.lower(state, {"segments": jax.ShapeDtypeStruct((1, 8), jnp.int32)}).compile().as_text()
+        return sum("f32[64,64]" in line and " copy(" in line for line in program.splitlines())
+
+    assert copies() == 0
+    monkeypatch.setattr(step.compiler, "options", lambda *_: None)
+    assert copies() == 2
 
 
 def test_golden_losses() -> None:
