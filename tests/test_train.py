@@ -151,8 +151,8 @@ def test_killed_and_started_again_is_the_undisturbed_run(undisturbed: Path, tmp_
             stderr=subprocess.PIPE,
             text=True,
         )
-        # one of them some time before its first step, the others behind ever later ones
-        least = 0 if life == 2 else 3 * life + rng.randint(0, 3)
+        # one of them some time before its first step, the others a step or two beyond what the one before came to
+        least = 0 if life == 2 else steps_logged(run) + rng.randint(1, 2)
         while process.poll() is None and steps_logged(run) < least:
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 3) if life == 2 else rng.uniform(0, 0.2))
@@ -166,7 +166,7 @@ def test_killed_and_started_again_is_the_undisturbed_run(undisturbed: Path, tmp_
     assert_same_run(run, undisturbed)
     told = goodput(run)
     assert (told["steps"], told["stalls"]) == (STEPS, 0)
-    assert len(ends) <= told["lives"] <= len(ends) + 1, "one of them may have ended before it could say that it lived"
+    assert len(ends) - 1 <= told["lives"] <= len(ends) + 1, "one or two may have ended before they could say that they lived"
     assert all(
         told["seconds"][kind] > 0 for kind in ("steps", "start-up", "compile", "evaluation", "checkpoint", "export", "down")
     )
