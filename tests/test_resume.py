@@ -164,7 +164,7 @@ def test_a_rewind_can_be_replayed(train: Maxi, run: Path, undisturbed: Path, hom
 @pytest.mark.usefixtures("run")
 def test_a_rewind_is_done_once_and_finished_by_the_next_start(train: Maxi) -> None:
     faults.arm("config.yaml.write:1:full")
-    assert "No space left on device" in train("--rewind", "4:3", expect=6)
+    assert "no space left on device" in train("--rewind", "4:3", expect=6)
     faults.arm("records.flushed:1:term")
     out = train("--rewind", "4:3", expect=75)
     assert "rewind: from step 8 back to 4, without the batches 4 to 6" in out
@@ -231,8 +231,9 @@ def test_a_stop_before_the_first_step_loses_nothing(train: Maxi, undisturbed: Pa
     faults.arm("config.yaml.renamed:1:int")
     assert "SIGINT before the first step, nothing was lost" in train(expect=75)
     faults.arm("records.flushed:2:term")
-    assert "SIGTERM at step 4 of 8, all is saved" in train(expect=75)
+    assert "SIGTERM at step 5 of 8, all is saved" in train(expect=75)
     train()
+    shutil.rmtree(tmp_path / "run/checkpoints/5")  # which the undisturbed run has no reason to save
     small.assert_same_run(tmp_path / "run", undisturbed)
 
 
@@ -292,6 +293,7 @@ def test_spikes_are_skipped_and_a_resumed_run_knows_the_last_losses(train: Maxi,
     words = ["train", str(fresh), "checkpoint.keep=9", *on]
     faults.arm("records.flushed:2:term")
     assert main(words) == 75 and main(words) == 0
+    shutil.rmtree(tmp_path / "fresh/run/checkpoints/5")
     small.assert_same_run(tmp_path / "fresh/run", tmp_path / "run")
     assert any(name.startswith("spikes") for name in small.arrays(tmp_path / "run", 8))
 
