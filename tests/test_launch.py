@@ -533,7 +533,6 @@ def test_skypilot_recovers_and_ends_in_the_same_line(world: World) -> None:
 
 def test_two_processes_really_train(world: World) -> None:
     """`local.sh -n 2` with maxi itself: one run, of which both processes told their times, that ends with an export."""
-    pytest.importorskip("maxi.processes")
     (world.folder / "stand_ins/maxi").write_text(f'#!/bin/bash\nexec {sys.executable} -m maxi "$@"\n')
     texts = [f"number {i} is followed by number {i + 1}, which is odd or even. " * 4 for i in range(200)]
     (world.here / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
