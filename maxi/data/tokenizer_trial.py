@@ -86,7 +86,7 @@ def begin(file: Path) -> Callable[[], None]:
     paths = [str(Path(path).absolute()) for path in sys.path if path]
     environment = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH") if name in os.environ}
     environment |= {"RUST_BACKTRACE": "0", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-I", "-S", "-B", "-c", _CHILD, str(file), *paths]
+    command = [sys.executable, "-I", "-S", "-B", "-c", _CHILD, str(file.absolute()), *paths]
     pipe, quiet = subprocess.PIPE, subprocess.DEVNULL
     child = subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=pipe, env=environment, cwd="/")
 
