@@ -23,7 +23,7 @@ check: $(VENV)/.test
 	$(BIN)/ruff check
 	$(BIN)/pyright
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 
 format: $(VENV)/.test
 	$(BIN)/ruff format

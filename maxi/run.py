@@ -22,6 +22,7 @@ import errno
 import hashlib
 import json
 import logging
+import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -118,8 +119,9 @@ def claim(config: Config, resume: Resume = AS_BEFORE) -> Iterator[Run]:
     _refuse_unknown(resume.allow_change)
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(run.folder / ".probe", "")
-        (run.folder / ".probe").unlink()
+        probe = run.folder / f".probe-{socket.gethostname()}-{os.getpid()}"  # every process of a run makes its own
+        write_whole(probe, "")
+        probe.unlink()
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
