@@ -392,8 +392,8 @@ def test_tpu_pod_says_what_it_would_do(world: World) -> None:
 
 
 def test_tpu_pod_goes_on_after_75_and_after_the_slice_was_taken(world: World) -> None:
-    """Both workers play a line each, whoever comes first. The slice is taken in the second life, with a checkpoint of step 20 of which nobody else
-    has a copy; the new one gets that of step 10 back, which was fetched."""
+    """Both workers play a line each, whoever comes first. The slice is taken in the second life, with a checkpoint of step 20
+    of which nobody else has a copy; the new one gets that of step 10 back, which was fetched."""
     play = 2 * "75 10\n" + 2 * "taken 20\n" + 2 * "0 30\n"
     out = world.run("tpu_pod.sh", *POD, "configs/a.yaml", "run_dir=runs/b", "seed=1", play=play)
     ready = ["scp all", "install all", "share 0", "share all"]
