@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from maxi import __version__, processes
-from maxi.errors import ConfigError, EnvironmentFault, MaxiError, Preempted, escaped, is_fault
+from maxi.errors import ConfigError, EnvironmentFault, MaxiError, Preempted, StoppedTogether, escaped, is_fault
 from maxi.paths import well_formed
 from maxi.runtime import expect_no_tpu
 
@@ -469,7 +469,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         else:
             print(fault.line(), file=sys.stderr)
-        if not isinstance(fault, Preempted):  # which all processes are at once
+        if not isinstance(fault, StoppedTogether):
             processes.leave(fault.code)
         return fault.code
     return 0

@@ -103,6 +103,10 @@ class Preempted(MaxiError):
     code = 75
 
 
+class StoppedTogether(Preempted):
+    """All processes of the run stop at this step, so none has to be told."""
+
+
 class StorageFault(MaxiError):
     """Storage that does not answer for the moment. Running the same command again goes on."""
 

@@ -34,7 +34,7 @@ from maxi.data.audit import wrong_mask
 from maxi.data.chat_template import ChatTemplate
 from maxi.data.loader import Batches, EvalRows, content_of, open_data, open_template
 from maxi.data.tokenizer import Tokenizer
-from maxi.errors import ConfigError, DataError, Preempted
+from maxi.errors import ConfigError, DataError, StoppedTogether
 from maxi.events import Events
 from maxi.generation import complete, conversation
 from maxi.health import Health, weights_of
@@ -251,7 +251,7 @@ def _steps(job: Job, state: State, start: int, recorder: Recorder, checkpoints: 
             recorder.say(f"{what}: saving, which may take {config.checkpoint.grace:g} s")
             with recorder.paused("checkpoint", done):
                 saver.finish(what)
-            raise Preempted(f"{what}, all is saved", config.run_dir, "run the same command to go on")
+            raise StoppedTogether(f"{what}, all is saved", config.run_dir, "run the same command to go on")
     with recorder.paused("checkpoint", job.total):
         saver.finish(f"all {job.total} steps are computed")
     return state
