@@ -99,8 +99,8 @@ def assert_same_run(one: Path, other: Path) -> None:
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert (one / name).read_text() == (other / name).read_text()
     assert (one / "hf" / "model.safetensors").read_bytes() == (other / "hf" / "model.safetensors").read_bytes()
-    assert small.steps_of(one) == small.steps_of(other)
-    last = small.steps_of(one)[-1]
+    last = small.steps_of(one)[-1]  # those before it may be where a stop saved
+    assert last == small.steps_of(other)[-1]
     mine, theirs = small.arrays(one, last), small.arrays(other, last)
     assert mine.keys() == theirs.keys() and not [name for name in mine if mine[name] != theirs[name]]
 
