@@ -19,7 +19,7 @@ import jax
 
 from maxi import objectives, pretrained, program, runtime
 from maxi.config import Config
-from maxi.errors import ConfigError, EnvironmentFault
+from maxi.errors import ConfigError, EnvironmentFault, first_line
 from maxi.kernels.platform import compiling_for, platform
 from maxi.made_up import made_up
 from maxi.models import Model
@@ -81,8 +81,7 @@ def _devices(kind: str, name: str, what: str, fix: str, **more: Any) -> Iterator
     try:
         devices = topologies.get_topology_desc(platform=kind, topology_name=name, **more).devices
     except Exception as error:  # jax raises whatever the plugin does
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise ConfigError(f"{what}, {first}", "--topology", fix) from None
+        raise ConfigError(f"{what}, {first_line(error)}", "--topology", fix) from None
     with compiling_for("gpu" if kind == "cuda" else kind):
         yield devices
 

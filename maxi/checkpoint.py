@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from maxi import faults, manifest, processes, shelf
-from maxi.errors import ModelFolderError
+from maxi.errors import ModelFolderError, first_line
 from maxi.step import State
 
 log = logging.getLogger("maxi")
@@ -188,8 +188,8 @@ class Checkpoints:
         try:
             return self._orbax.restore(self.folder / str(step), args=self._ocp.args.Composite(**args))
         except (ValueError, KeyError, OSError) as error:
-            first = str(error).strip().splitlines()[0][:200]
-            raise ModelFolderError(f"cannot restore step {step}, {first}", str(self.folder), "use another step") from error
+            what = f"cannot restore step {step}, {first_line(error)}"
+            raise ModelFolderError(what, str(self.folder), "use another step") from error
 
     def _metadata(self, step: int, item: str) -> Any:
         try:

@@ -34,6 +34,11 @@ def is_fault(error: BaseException) -> bool:
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
+def first_line(error: BaseException, most: int = 200) -> str:
+    """What a library's error says in its first line, at most so many characters of it; its kind, where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
+
+
 def escaped(text: str) -> str:
     """`text` with all that is not there to be seen as an escape, but for tab and newline: controls such as \\x1b, which
     terminals obey, marks that turn the direction of writing (CVE-2021-42574), half surrogate pairs."""

@@ -27,7 +27,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from maxi.errors import ConfigError, EnvironmentFault, MaxiError, ProcessLost
+from maxi.errors import ConfigError, EnvironmentFault, MaxiError, ProcessLost, first_line
 from maxi.runtime import has_tpu
 
 log = logging.getLogger("maxi")
@@ -70,7 +70,7 @@ def start(folder: Path, start_timeout_s: int, heartbeat_s: int) -> None:
     except ValueError as error:
         if not who:  # a TPU, but nobody to ask: it stands alone
             return
-        raise EnvironmentFault(f"cannot join the other processes, {_first_line(error)}", ADDRESS, "check it") from None
+        raise EnvironmentFault(f"cannot join the other processes, {first_line(error)}", ADDRESS, "check it") from None
     except RuntimeError as error:
         log.debug("%s", error)
         raise late from None
@@ -310,7 +310,3 @@ def _aborted(_: int) -> None:
         return
     print(_terminal["fault"].line(), file=sys.stderr)
     _exit(_terminal["fault"].code)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

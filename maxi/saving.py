@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from maxi.checkpoint import Checkpoints
-from maxi.errors import EnvironmentFault, MaxiError, NumericsError
+from maxi.errors import EnvironmentFault, MaxiError, NumericsError, first_line
 from maxi.health import Health, weights_of
 from maxi.step import State
 
@@ -92,4 +92,4 @@ def reason(error: BaseException) -> str:
         return error.strerror
     if match := re.search(r"(?:OS error |os_error_code=')(\d+)", str(error)):  # as tensorstore writes it
         return os.strerror(int(match[1]))
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
+    return first_line(error, 150)

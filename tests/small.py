@@ -30,6 +30,19 @@ eval: {{every: 4, max_rows: 4, prompts: [the file], max_new_tokens: 4}}
 log: {{every: 1}}
 export_dtype: float32
 """
+SIZES = {
+    "model_type": "qwen3",
+    "vocab_size": 300,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
+"""config.json of a model for whoever needs only that there is one."""
+SENTENCE = "the sea was calm and the rain was dark over home and bread in the wind"
 WORDS = ["the", "file", "object", "has", "a", "name", "and", "can", "be", "read", "line", "by", "until", "it", "ends", "first"]
 
 

@@ -27,24 +27,13 @@ from maxi import train as training
 from maxi.__main__ import main
 from maxi.data import bpe, chat_template, streams
 from maxi.data.chat_template import ChatTemplate
+from tests import small
 from tests.data.chat_templates import GEMMA, LLAMA2, says, user
 
-WORDS = "the sea was calm and the rain was dark over home and bread in the wind"
 GOOD = {
     "sft": {"messages": [user("the sea?"), says("calm")]},
     "dpo": {"prompt": "the sea?", "chosen": "calm", "rejected": "dark"},
     "kto": {"prompt": "the sea?", "completion": "calm", "label": True},
-}
-SIZES = {
-    "model_type": "qwen3",
-    "vocab_size": 300,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
 }
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 HUGE = "{% for a in range(99999) %}{{ 'much of it ' * 9 }}{% endfor %}"
@@ -163,8 +152,8 @@ Run = Callable[..., tuple[int, str, str]]
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tokenizer and a config.json, and no weights, so none can be read."""
     folder = tmp_path_factory.mktemp("faults") / "model"
-    bpe.train([f"{WORDS} " * 20], 300, folder)
-    (folder / "config.json").write_text(json.dumps(SIZES))
+    bpe.train([f"{small.SENTENCE} " * 20], 300, folder)
+    (folder / "config.json").write_text(json.dumps(small.SIZES))
     importlib.import_module("grain")  # takes seconds, which are not what is timed here
     return folder
 
@@ -360,8 +349,8 @@ def test_a_template_that_cannot_be_used(
 def test_a_reference_of_another_kind(run: Run, tmp_path: Path, change: dict[str, Any] | None) -> None:
     """Another architecture, another vocabulary, another tokenizer: refused by `train` before it reads data."""
     other = tmp_path / "other"
-    bpe.train([f"{WORDS[::-1] if change is None else WORDS} " * 20], 300, other)
-    (other / "config.json").write_text(json.dumps(SIZES | (change or {})))
+    bpe.train([f"{small.SENTENCE[::-1] if change is None else small.SENTENCE} " * 20], 300, other)
+    (other / "config.json").write_text(json.dumps(small.SIZES | (change or {})))
     path = write(tmp_path / "rows.jsonl", "dpo", b"no JSON")
     code, _, err = run(path, "dpo", f"model.reference={other}", command="train")
     assert code == 2

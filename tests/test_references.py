@@ -26,25 +26,14 @@ from maxi.models import Model, decoder, from_hf_config
 from maxi.models.decoder import Compute
 from maxi.params import init
 from maxi.sections import ChatConfig, DataConfig, MeshConfig, Source
+from tests import small
 
-WORDS = "the sea was calm and the rain was dark over home and bread in the wind"
-SIZES = {
-    "model_type": "qwen3",
-    "vocab_size": 300,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-}
 SEQ = 64
 
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    return from_hf_config(SIZES)
+    return from_hf_config(small.SIZES)
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +46,9 @@ def params(model: Model) -> Any:
 def home(tmp_path_factory: pytest.TempPathFactory, model: Model, params: Any) -> Path:
     """A model's folder, `home`, beside rows of pairs and of labels."""
     folder = tmp_path_factory.mktemp("references")
-    bpe.train([f"{WORDS} " * 20], 300, folder / "tokenizer")
+    bpe.train([f"{small.SENTENCE} " * 20], 300, folder / "tokenizer")
     save_hf(Loaded(model, params, folder / "tokenizer"), folder / "home")
-    words, rows = WORDS.split(), range(11)
+    words, rows = small.SENTENCE.split(), range(11)
     pairs = [{"prompt": " ".join(words[: n % 4 + 1]), "chosen": words[n], "rejected": " ".join(words[n : n + 3])} for n in rows]
     labels = [{"prompt": row["prompt"], "completion": row["rejected"], "label": n % 2} for n, row in enumerate(pairs)]
     for name, made in (("preferences", pairs), ("labels", labels)):
@@ -181,10 +170,10 @@ def test_another_reference_or_other_rows_are_another_file(
 ) -> None:
     attach(opened(), model, dict, tmp_path)
     attach(opened(), model, dict, tmp_path, weights="other weights")
-    attach(opened(), from_hf_config({**SIZES, "rope_theta": 500.0}), dict, tmp_path)
+    attach(opened(), from_hf_config({**small.SIZES, "rope_theta": 500.0}), dict, tmp_path)
     attach(
         opened(),
-        from_hf_config({**SIZES, "sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0}),
+        from_hf_config({**small.SIZES, "sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0}),
         dict,
         tmp_path,
     )
@@ -234,7 +223,7 @@ def test_a_reference_of_another_kind_is_refused(home: Path, model: Model, tmp_pa
             references.check(str(other), model, tokenizer)
     (other / "config.json").write_text(json.dumps(fields))
     shutil.rmtree(other)
-    bpe.train([f"{WORDS[::-1]} " * 20], 300, other)
+    bpe.train([f"{small.SENTENCE[::-1]} " * 20], 300, other)
     (other / "config.json").write_text(json.dumps(fields))
     with pytest.raises(ConfigError, match=r"error\[2\] .*other has another tokenizer .*\(model.reference\)"):
         references.check(str(other), model, tokenizer)

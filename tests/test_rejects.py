@@ -23,20 +23,7 @@ from maxi import train as training
 from maxi.__main__ import main
 from maxi.data import bpe, tokenizer_trial
 from maxi.errors import DataError, Preempted, escaped
-from tests import tiny
-
-WORDS = "the sea was calm and the rain was dark over home and bread in the wind"
-SIZES = {
-    "model_type": "qwen3",
-    "vocab_size": 300,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-}
+from tests import small, tiny
 
 Refused = Callable[..., str]
 
@@ -45,17 +32,17 @@ Refused = Callable[..., str]
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a config that trains, what it needs, and one of each kind of thing that is no use."""
     here = tmp_path_factory.mktemp("rejects")
-    bpe.train([f"{WORDS} " * 20], 300, here / "tok")
+    bpe.train([f"{small.SENTENCE} " * 20], 300, here / "tok")
     tiny.save(here / "model", "qwen3", vocab_size=300)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(here / "tok" / name, here / "model" / name)
-    (here / "text.txt").write_text(f"{WORDS}\n" * 50)
+    (here / "text.txt").write_text(f"{small.SENTENCE}\n" * 50)
     (here / "empty").touch()
     (here / "garbage").write_bytes(bytes(range(256)) * 40)
     (here / "dir").mkdir()
     os.mkfifo(here / "fifo")
     (here / "loop").symlink_to("loop")
-    config = {"steps": 1, "batch_size": 8, "seq_len": 16, "model": {"config": SIZES}, "tokenizer": str(here / "tok")}
+    config = {"steps": 1, "batch_size": 8, "seq_len": 16, "model": {"config": small.SIZES}, "tokenizer": str(here / "tok")}
     data = {"train": [{"path": str(here / "text.txt")}], "cache_dir": str(here / "cache")}
     (here / "c.yaml").write_text(json.dumps({**config, "run_dir": str(here / "run"), "data": data}))
     return here
@@ -393,14 +380,14 @@ def test_a_text_that_a_tokenizer_fails_on(here: Path, tmp_path: Path, capfd: pyt
 
 def test_another_tokenizer_than_the_models(here: Path, tmp_path: Path, refused: Refused) -> None:
     """Its ids would mean other words than those that the weights have learned."""
-    bpe.train([f"{WORDS[::-1]} " * 20], 300, tmp_path / "other")
+    bpe.train([f"{small.SENTENCE[::-1]} " * 20], 300, tmp_path / "other")
     stage = ["train", here / "c.yaml", "model.config=null", f"model.init_from={here / 'model'}"]
     refused([*stage, f"tokenizer={tmp_path / 'other'}"], 2, "is not the tokenizer of")
 
 
 def test_a_model_that_lacks_its_tokenizers_ids(here: Path, tmp_path: Path, refused: Refused) -> None:
     shutil.copytree(here / "model", tmp_path / "model")
-    bpe.train([f"{WORDS} " * 20], 301, tmp_path / "tok")
+    bpe.train([f"{small.SENTENCE} " * 20], 301, tmp_path / "tok")
     shutil.copy(tmp_path / "tok" / "tokenizer.json", tmp_path / "model" / "tokenizer.json")
     refused(["generate", tmp_path / "model", "--prompt", "a"], 2, "the tokenizer has 301 ids but the model 300")
 

@@ -20,7 +20,7 @@ from rich.table import Table
 from maxi import mesh
 from maxi.bench.operations import OPERATIONS, Operation, Sizes, Way
 from maxi.bench.timing import Timing, about_this_machine, interleaved
-from maxi.errors import ConfigError
+from maxi.errors import ConfigError, first_line
 from maxi.figures import check_writable, console, keep
 from maxi.kernels.platform import platform
 from maxi.runtime import without_cache
@@ -159,7 +159,7 @@ def _reason(error: Exception, way: Way) -> str:
         return "out of memory"
     if not way.name.startswith("jax:"):
         raise error
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+    return first_line(error, 120)
 
 
 def _with_backward(run: Callable[[Any, Any], Any], arguments: Any, given: Any, cotangent: Any) -> tuple[Any, Any]:
