@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from maxi import shelf
 from maxi.data import bpe
 from maxi.data.documents import Budget, records
 from maxi.sections import Source
@@ -37,11 +38,11 @@ batch_size: 4
 seq_len: 128
 micro_batches: 2
 optim: {{lr: 1.0e-2, warmup_ratio: 0.1}}
-checkpoint: {{every: 3}}
+checkpoint: {{every: {every}}}
 log: {{every: 1}}
 export_dtype: float32
 """
-STEPS = 8
+STEPS, CHECKPOINT_EVERY = 8, 3
 BEFORE = {"sft": "pretrain", "dpo": "sft", "kto": "sft"}
 
 
@@ -55,7 +56,7 @@ def configure(folder: Path, name: str, home: Path | None = None) -> Path:
     home = home or folder
     text = part.format(folder=home, name=name, before=BEFORE.get(name), rows=name)
     path = folder / f"{name}.yaml"
-    path.write_text(COMMON.format(folder=folder, name=name, steps=STEPS) + text)
+    path.write_text(COMMON.format(folder=folder, name=name, steps=STEPS, every=CHECKPOINT_EVERY) + text)
     return path
 
 
@@ -80,10 +81,11 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def kill_after(config: Path, run: Path, least: int) -> None:
-    """Starts the run and kills it some time after `least` steps are written down (or, for 0, anywhere before)."""
+    """Starts the run and kills it some time after `least` steps are written down, and the checkpoint before them is."""
+    due = least > CHECKPOINT_EVERY
     command = [sys.executable, "-m", "maxi", "train", str(config)]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and steps_logged(run) < least:
+    while process.poll() is None and (steps_logged(run) < least or (due and not shelf.steps(run / "checkpoints"))):
         time.sleep(0.01)
     process.kill()
     process.communicate()

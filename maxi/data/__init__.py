@@ -13,7 +13,7 @@ The path, one file a stage:
     chat_template.py  conversations -> text, and which parts of it the model must say
       template_worker.py  what renders; for foreign templates in a child process
     tokenizer.py      text <-> ids; bpe.py trains one, chatml.jinja is its template, tokenizer_folder.py writes its files
-      tokenizer_trial.py  a child process that meets it first
+      tokenizer_trial.py  a child process that meets it first; tokenizer_memory.py keeps what transformers made of it
     cache.py          a source -> ids, made once and memory-mapped
       texts.py          ... of documents, tokenised by workers.py
       examples.py       ... of conversations, with the mask; audit.py finds out whether it is right

@@ -3,7 +3,7 @@
 `Tokenizer.load` lets transformers decide what the folder means (so that training sees the ids that users of the model
 will see), then keeps to the Rust backend: no tokens are added around a text, and none are hidden. Text that spells a
 special token (`<|im_end|>`) becomes that token. Nothing is downloaded and no code from the folder is run.
-transformers takes a second to import, so that happens inside `load`.
+transformers takes seconds to import, so that happens inside `load`, once for each content of a folder (`tokenizer_memory`).
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from maxi.data import tokenizer_folder, tokenizer_trial
+from maxi.data import tokenizer_folder, tokenizer_memory, tokenizer_trial
 from maxi.errors import ConfigError, DataError, ModelFolderError, is_fault
 
 # An unfinished UTF-8 character lacks at most three bytes, and every token brings at least one.
@@ -30,7 +30,7 @@ class Tokenizer:
     """
 
     def __init__(self, tokenizer: Any, folder: Path):
-        """`tokenizer` is a fast transformers tokenizer. Raises ConfigError when it has no end-of-sequence token."""
+        """`tokenizer` is a fast transformers tokenizer, or a Memory of one. Raises ConfigError when it has no end-of-sequence token."""
         self.folder = folder
         self._fingerprint: str | None = None
         self.backend = tokenizer.backend_tokenizer
@@ -69,6 +69,8 @@ class Tokenizer:
                 "the folder holds no tokenizer", str(folder), "it needs tokenizer.json, or vocab.json and merges.txt"
             )
         tokenizer_trial.check_files(folder)
+        if (memory := tokenizer_memory.recall(folder)) is not None:
+            return cls(memory, folder)
         file = folder / "tokenizer.json"
         tried = tokenizer_trial.begin(file) if file.is_file() else None
         from transformers import AutoTokenizer
@@ -84,6 +86,7 @@ class Tokenizer:
             raise ModelFolderError(what, str(folder), "check tokenizer.json and tokenizer_config.json") from None
         if getattr(found, "backend_tokenizer", None) is None:
             raise ModelFolderError("the tokenizer has no fast form", str(folder), "convert it to tokenizer.json")
+        tokenizer_memory.remember(folder, found)
         return cls(found, folder)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
