@@ -1,7 +1,8 @@
 """Saving as training goes on: what is fit to be saved, what a save that fails costs, and when it is time to give up.
 
 A full disk, or one that takes no more writes, costs one line and the leftovers; the run goes on, since the checkpoint before
-is as good as ever and the next may succeed. Errors of the background show at the next step.
+is as good as ever and the next may succeed. Errors of the background show at the next step. Of several processes one that
+cannot save its part ends at once, and the others with it: they would wait for that part.
 """
 
 import os
@@ -9,13 +10,14 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from maxi import processes
 from maxi.checkpoint import Checkpoints
 from maxi.errors import EnvironmentFault, MaxiError, NumericsError, first_line
 from maxi.health import Health, weights_of
 from maxi.step import State
 
 FAILURES = 3
-"""Saves in a row that may fail before the run ends."""
+"""Saves in a row that may fail before a run of one process ends."""
 
 
 class Saver:
@@ -26,6 +28,7 @@ class Saver:
     ):
         self._checkpoints, self._health, self._flush, self._say, self._where = checkpoints, health, flush, say, where
         self._failures, self._step = 0, 0
+        self._limit = FAILURES if processes.count() == 1 else 1
 
     def save(self, step: int, state: State) -> None:
         """Begins to save, once the records up to `step` are in their files.
@@ -51,7 +54,8 @@ class Saver:
 
     def _try(self, act: Callable[[], Any]) -> None:
         try:
-            act()
+            with processes.together():
+                act()
             if self._checkpoints.saved == self._step:
                 self._failures = 0
         except MaxiError:
@@ -63,12 +67,11 @@ class Saver:
         self._failures += 1
         self._checkpoints.tidy()
         what = f"the checkpoint of step {self._step} could not be written, {reason(error)}"
-        if self._failures >= FAILURES:
+        if self._failures >= self._limit:
             fix = "make room or mend the disk, and run the same command to go on from there"
-            raise EnvironmentFault(
-                f"{what}, {FAILURES} times in a row; last saved: {self._last()}", self._where, fix
-            ) from error
-        self._say(f"warning: {what}; the run goes on, last saved: {self._last()} ({self._failures} of {FAILURES})")
+            often = f", {self._limit} times in a row" if self._limit > 1 else ""
+            raise EnvironmentFault(f"{what}{often}; last saved: {self._last()}", self._where, fix) from error
+        self._say(f"warning: {what}; the run goes on, last saved: {self._last()} ({self._failures} of {self._limit})")
 
     def _last(self) -> str:
         steps = self._checkpoints.steps()

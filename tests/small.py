@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -70,10 +71,20 @@ def environment(devices: int = 1, **more: str) -> dict[str, str]:
     return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", **more}
 
 
-def start(config: Path, *words: str, **more: str) -> subprocess.Popen[str]:
+def start(config: Path, *words: str, devices: int = 1, **more: str) -> subprocess.Popen[str]:
     """`maxi train` in a process of its own."""
     command = [sys.executable, "-m", "maxi", "train", str(config), *words]
-    return subprocess.Popen(command, env=environment(1, **more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment(devices, **more), **pipes)
+
+
+def members(number: int) -> list[dict[str, str]]:
+    """What the environments of so many processes of one run say; nothing for one."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        where = f"127.0.0.1:{found.getsockname()[1]}"
+    common = {"JAX_COORDINATOR_ADDRESS": where, "JAX_NUM_PROCESSES": str(number)}
+    return [common | {"JAX_PROCESS_ID": str(i)} for i in range(number)] if number > 1 else [{}]
 
 
 def arrays(run: Path, step: int) -> dict[str, bytes]:

@@ -2,10 +2,11 @@
 
     python -m tests.soak [--lives 100] [--seed 0] [--folder DIR]
 
-A life is a process of `maxi train`; how it ends is drawn from ENDS: killed, told to stop, told twice, frozen, its disk full,
-killed or told at one of the named points of `maxi/faults.py`, or its newest checkpoint damaged behind its back. The number of
-tokenising processes changes between lives. When a run is through it is compared with the golden one and the next begins. Ends
-with a table, and with exit code 1 if one byte differed or a life printed what it should not.
+A life is `maxi train` on two devices, which one process has or two; how one of them ends is drawn from ENDS: killed, told to
+stop, told twice, frozen, its disk full, killed or told at one of the named points of `maxi/faults.py`, or the newest checkpoint
+damaged behind its back. The number of tokenising processes changes between lives too. When a run is through it is compared
+with the golden one, of one process, and the next begins. Ends with a table, and with exit code 1 if one byte differed or a
+life printed what it should not.
 """
 
 import argparse
@@ -28,6 +29,8 @@ from maxi import faults, runtime
 from tests import small
 
 STEPS, EVERY = 60, 3
+DEVICES, HOSTS = 2, (1, 1, 2)
+"""Two numbers add up to the same bits in either order, so processes may come and go; of four devices that is not so."""
 LIMIT = 180.0
 """Seconds that a life may take."""
 WHOLE = ("config.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "manifest.0.json", "commit.json", "exported.json")
@@ -42,10 +45,11 @@ class Soak:
         self.home, self.rng, self.life = home, random.Random(seed), 0
         self.ends: Counter[str] = Counter()
         self.codes: Counter[int] = Counter()
+        self.hosts: Counter[int] = Counter()
         self.lost, self.wrong, self.fallbacks = 0, 0, 0
         small.prepare(home)
         self.golden = self.begin("golden")
-        done = small.start(self.golden)
+        done = small.start(self.golden, devices=DEVICES)
         _, error = done.communicate()
         assert done.returncode == 0, error
 
@@ -74,29 +78,40 @@ class Soak:
         run, end = config.with_name("run"), "none" if calm else self.rng.choice(list(ENDS))
         before = self.logged(run)
         more = (ENDS[end](self, run) or {}) if end in PREPARED else {}
-        process = small.start(config, f"data.workers={self.rng.choice([0, 1, 2])}", **more)
+        everyone = small.members(self.rng.choice(HOSTS))
+        victim = self.rng.randrange(len(everyone))
+        everyone[victim] |= more
+        words = (f"data.workers={self.rng.choice([0, 1, 2])}", "processes.heartbeat_s=10")
+        running = [small.start(config, *words, devices=DEVICES // len(everyone), **one) for one in everyone]
         if end not in PREPARED and end != "none":
-            ENDS[end](self, run, process, before)
+            ENDS[end](self, run, running[victim], before)
+        said = [self.see_out(end, process, len(running) > 1) for process in running]
+        self.ends[end] += 1
+        self.hosts[len(running)] += 1
+        resumed = next((int(line.split()[4]) for line in said[0].splitlines() if line.startswith("state: resumed")), None)
+        if resumed is not None:
+            self.lost = max(self.lost, before - resumed)
+        self.fallbacks += "corrupt: " in said[0]
+        codes = [process.returncode for process in running]
+        print(f"life {self.life:3}: {end:12} {more.get('MAXI_FAULT', ''):32} exit {codes}, "
+              f"{before} -> {self.logged(run)} of {STEPS} steps", flush=True)  # fmt: skip
+        return codes == [0] * len(codes)
+
+    def see_out(self, end: str, process: subprocess.Popen[str], several: bool) -> str:
+        """Waits for the end of a process, and complains if it is not as it should be; what it said on stdout."""
         try:
             out, error = process.communicate(timeout=LIMIT)
         except subprocess.TimeoutExpired:
             process.kill()
             out, error = process.communicate()
             self.complain(end, f"took more than {LIMIT:.0f} s", out + error)
-        self.ends[end] += 1
         self.codes[process.returncode] += 1
-        resumed = next((int(line.split()[4]) for line in out.splitlines() if line.startswith("state: resumed")), None)
-        if resumed is not None:
-            self.lost = max(self.lost, before - resumed)
-        self.fallbacks += "corrupt: " in out
         allowed = error.count("\n") <= 1 and "Traceback" not in out + error
         # Python itself dies of a SIGTERM in its first moments and in its last
         expected = (0, 6, 75, 130, -signal.SIGKILL, *((-signal.SIGTERM,) if end in ("term", "twice") else ()))
         if process.returncode not in expected or not allowed:
-            self.complain(end, f"ended with {process.returncode}", out + error)
-        print(f"life {self.life:3}: {end:12} {more.get('MAXI_FAULT', ''):32} exit {process.returncode:4}, "
-              f"{before} -> {self.logged(run)} of {STEPS} steps", flush=True)  # fmt: skip
-        return process.returncode == 0
+            self.complain(end, f"{'one of two' if several else 'it'} ended with {process.returncode}", out + error)
+        return out
 
     def compare(self, run: Path) -> None:
         try:
@@ -131,7 +146,8 @@ class Soak:
     def report(self, rounds: int) -> None:
         ends = ", ".join(f"{name} {count}" for name, count in self.ends.most_common())
         codes = ", ".join(f"{code}: {count}" for code, count in sorted(self.codes.items()))
-        print(f"{self.life} lives in {rounds} runs of {STEPS} steps; ends: {ends}; exit codes: {codes}; steps lost at most "
+        print(f"{self.life} lives in {rounds} runs of {STEPS} steps; ends: {ends}; of two processes "
+              f"{self.hosts[2]}; exit codes: {codes}; steps lost at most "
               f"{self.lost} (a checkpoint every {EVERY}); fell back from a damaged checkpoint {self.fallbacks} times; "
               f"wrong: {self.wrong}")  # fmt: skip
 

@@ -2,15 +2,11 @@
 checkpoints, stop together, and end with 75 when one of them is lost, whether it dies or hangs."""
 
 import json
-import os
 import re
 import signal
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +17,7 @@ from maxi.data import bpe
 from maxi.data.documents import Budget, read
 from maxi.errors import ConfigError
 from maxi.sections import Source
+from tests import small
 
 STEPS = 24
 CONFIG = """
@@ -62,22 +59,14 @@ def configure(home: Path, folder: Path, steps: int = STEPS) -> Path:
     return path
 
 
-def start(number: int, config: Path, *overrides: str, of: int | None = None) -> list[subprocess.Popen[str]]:
-    """`number` processes of one run (that waits for `of`), each with one device."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
-    common = {
-        **os.environ,
-        "XLA_FLAGS": flags,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(config.parent.parent / "xla"),
-    }
-    common |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(of or number)}
-    command = [sys.executable, "-m", "maxi", "train", str(config), *overrides]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return [subprocess.Popen(command, env={**common, "JAX_PROCESS_ID": str(i)}, **pipes) for i in range(number)]
+def start(
+    number: int, config: Path, *overrides: str, of: int | None = None, more: dict[int, dict[str, str]] | None = None
+) -> list[subprocess.Popen[str]]:
+    """`number` processes of one run (that waits for `of`), each with one device; `more`: what else the n-th one's
+    environment says."""
+    shared = {"JAX_COMPILATION_CACHE_DIR": str(config.parent.parent / "xla")}
+    return [small.start(config, *overrides, **shared, **one, **(more or {}).get(i, {}))
+            for i, one in enumerate(small.members(of or number)[:number])]  # fmt: skip
 
 
 def ended(running: list[subprocess.Popen[str]]) -> Ended:
@@ -168,6 +157,12 @@ def test_one_run_of_2_1_and_4_processes_stopped_killed_and_hung(home: Path, alon
     running[1].communicate()
     gone(running[0].returncode, error)
     assert waited < 40
+
+    # the disk of the second is full: it says so and ends, and the first does not wait for its part
+    running = start(2, config, *endless, *quick, more={1: {"MAXI_FAULT": "save.written:1:full"}})
+    found = ended(running)
+    assert found[1][0] == 6 and re.search(r"checkpoint of step \d+ could not be written, No space left", found[1][2]), found
+    gone(found[0][0], found[0][2])
 
     # four finish what is left and export it
     last = max(int(folder.name) for folder in (mine / "checkpoints").iterdir() if folder.name.isdigit())

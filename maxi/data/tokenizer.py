@@ -30,7 +30,7 @@ class Tokenizer:
     """
 
     def __init__(self, tokenizer: Any, folder: Path):
-        """`tokenizer` is a fast transformers tokenizer, or a Memory of one. Raises ConfigError when it has no end-of-sequence token."""
+        """`tokenizer`: a fast one of transformers, or a Memory of it. Raises ConfigError when it has no end of sequence."""
         self.folder = folder
         self._fingerprint: str | None = None
         self.backend = tokenizer.backend_tokenizer

@@ -61,7 +61,9 @@ def test_no_more_than_a_few_are_kept(tokenizer: Tokenizer, tmp_path: Path, monke
     assert len(list((tmp_path / "maxi" / "tokenizers").iterdir())) == 2
 
 
-def test_a_home_that_cannot_be_written_is_no_matter(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_home_that_cannot_be_written_is_no_matter(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert Tokenizer.load(tokenizer.folder).fingerprint() == tokenizer.fingerprint()
