@@ -1,9 +1,10 @@
 """Numbers as TensorBoard events. They are a copy of metrics.jsonl and perf.jsonl, so a disk that is full costs only them."""
 
 import os
+import sys
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ class EventFiles:
     """
 
     def __init__(self, folder: Path, start: int):
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto import event_pb2, summary_pb2
+        with _without_torch():
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto import event_pb2, summary_pb2
 
         self._event_pb2: Any = event_pb2
         self._summary_pb2: Any = summary_pb2
@@ -42,3 +44,16 @@ class EventFiles:
         with suppress(OSError):
             self._writer.write_event(self._event_pb2.Event(wall_time=time.time(), **fields))
             self._writer.flush()
+
+
+@contextmanager
+def _without_torch() -> Iterator[None]:
+    """tensorboardX imports torch where it finds it, which takes 2 s, and does as well without."""
+    here = "torch" in sys.modules
+    if not here:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if not here:
+            del sys.modules["torch"]

@@ -81,7 +81,7 @@ class Soak:
         everyone = small.members(self.rng.choice(HOSTS))
         victim = self.rng.randrange(len(everyone))
         everyone[victim] |= more
-        words = (f"data.workers={self.rng.choice([0, 1, 2])}", "processes.heartbeat_s=10")
+        words = (f"data.workers={self.rng.choice([0, 1, 2])}", "processes.heartbeat_s=10", "processes.start_timeout_s=40")
         running = [small.start(config, *words, devices=DEVICES // len(everyone), **one) for one in everyone]
         if end not in PREPARED and end != "none":
             ENDS[end](self, run, running[victim], before)

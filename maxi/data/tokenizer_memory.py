@@ -1,9 +1,10 @@
 """What transformers made of a tokenizer's folder, remembered on disk: importing transformers, and torch with it where that
 is installed, takes seconds at every start, and the same files give the same tokenizer every time.
 
-A memory belongs to the bytes of every file that transformers may read there and to the versions of both libraries, and is
-checked by its own sha256; anything else about it that is wrong means that transformers is asked again. It lies in
-maxi/tokenizers under $XDG_CACHE_HOME or ~/.cache, and can be removed at any time.
+A memory belongs to the bytes of every file that transformers may read there (of a model's config.json to the fields that
+matter, or every model would be another tokenizer) and to the versions of both libraries, and is checked by its own
+sha256; anything else about it that is wrong means that transformers is asked again. It lies in maxi/tokenizers under
+$XDG_CACHE_HOME or ~/.cache, and can be removed at any time.
 """
 
 import hashlib
@@ -23,6 +24,7 @@ MOST = 16
 _READ = {".json", ".txt", ".model", ".jinja"}
 _LARGEST = 200_000_000
 """Bytes of all those files: a folder with more is somebody's data, not to be read whole for a tokenizer."""
+_OF_MODELS = ("model_type", "tokenizer_class", "auto_map", "architectures", "transformers_version")
 log = logging.getLogger(__name__)
 
 
@@ -81,11 +83,20 @@ def _place(folder: Path) -> Path | None:
     """Where the memory of a folder lies; None for a folder that is not to be remembered."""
     digest = hashlib.sha256(f"{version('transformers')} {version('tokenizers')}".encode())
     within = sorted((*folder.iterdir(), *folder.glob("additional_chat_templates/*")))
-    files = [path for path in within if path.suffix in _READ and path.is_file()]
+    files = [path for path in within if path.suffix in _READ and path.is_file() and path.name != "generation_config.json"]
     if sum(path.stat().st_size for path in files) > _LARGEST:
         return None
     for path in files:
-        content = path.read_bytes()
+        content = _about_models(path.read_bytes()) if path.name == "config.json" else path.read_bytes()
         digest.update(json.dumps([str(path.relative_to(folder)), len(content)]).encode() + content)
     home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     return home / "maxi" / "tokenizers" / f"{digest.hexdigest()}.json"
+
+
+def _about_models(content: bytes) -> bytes:
+    """What a config.json says that may decide how the tokenizer beside it is read; all of it where that cannot be told."""
+    try:
+        found = json.loads(content)
+        return json.dumps([found.get(name) for name in _OF_MODELS]).encode()
+    except (ValueError, AttributeError, RecursionError):
+        return content

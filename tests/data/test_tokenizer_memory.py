@@ -11,10 +11,12 @@ import pytest
 
 from maxi.data import tokenizer_memory
 from maxi.data.tokenizer import Tokenizer
+from tests import small
 
 ASK = """
 import sys
 from maxi.data.tokenizer import Tokenizer
+from tests import small
 found = Tokenizer.load(sys.argv[1])
 ids = [ids.tolist() for ids in found.encode(["two\\n words", "<|im_end|> 12"])]
 print("transformers" in sys.modules, "torch" in sys.modules)
@@ -67,3 +69,17 @@ def test_a_home_that_cannot_be_written_is_no_matter(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert Tokenizer.load(tokenizer.folder).fingerprint() == tokenizer.fingerprint()
+
+
+def test_the_second_run_with_a_tokenizer_imports_neither_torch_nor_transformers(tmp_path: Path) -> None:
+    small.prepare(tmp_path)
+    env = {"XDG_CACHE_HOME": str(tmp_path / "xdg"), "PYTHONPATH": os.pathsep.join([str(tmp_path / "traps"), *sys.path])}
+    for name, size in (("one", 24), ("two", 32)):
+        config = small.configure(tmp_path, tmp_path / name, steps=1)
+        process = small.start(config, "eval.prompts=[]", f"model.config.intermediate_size={size}", **env)
+        assert process.communicate(timeout=120)[1] == "" and process.returncode == 0
+        for module in ("torch", "transformers"):
+            trap = tmp_path / "traps" / module / "__init__.py"
+            trap.parent.mkdir(parents=True, exist_ok=True)
+            trap.write_text(f"raise AssertionError('{module} was imported')\n")
+    assert list((tmp_path / "two" / "run" / "tensorboard").iterdir())
