@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from maxi.__main__ import _explain, main, parser
+from maxi.errors import Preempted, StoppedTogether
 from tests import golden
 
 
@@ -100,3 +101,19 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode != 0 and "Traceback" in done.stderr and "maxi: error[2]" in done.stderr
+
+
+@pytest.mark.parametrize(("kind", "leaves"), [(Preempted, [75]), (StoppedTogether, [])])
+def test_who_stops_alone_does_not_wait_for_the_others(
+    kind: type[Preempted], leaves: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Python's normal end waits for the other processes of a run, which for a stop of all is right and else for ever."""
+
+    def stop(_: argparse.Namespace) -> None:
+        raise kind("SIGTERM", "a run", "run the same command")
+
+    left: list[int] = []
+    monkeypatch.setattr("maxi.__main__._parse", lambda _: argparse.Namespace(run=stop))
+    monkeypatch.setattr("maxi.processes.leave", left.append)
+    assert main(["train"]) == 75 and left == leaves
+    assert capsys.readouterr().err.count("\n") == 1
