@@ -54,6 +54,7 @@ class Checkpoints:
         self._hook = sys.unraisablehook
         if not read_only:
             sys.unraisablehook = _hush_closed_loops(self._hook)
+            logging.getLogger("asyncio").addFilter(_is_news)  # for good: they may be collected long after
             if self._process == 0:
                 self.folder.mkdir(exist_ok=True)
                 shelf.sweep(self.folder)
@@ -226,6 +227,11 @@ def _hush_closed_loops(hook: Any) -> Any:
             hook(unraisable)
 
     return quiet
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Of many writes that the disk refuses one is raised; asyncio would report the others when they are collected."""
+    return not (record.exc_info and isinstance(record.exc_info[1], OSError))
 
 
 def _items(state: State) -> dict[str, Any]:

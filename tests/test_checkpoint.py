@@ -1,6 +1,7 @@
 """Checkpoints: every damage is found and passed over, nobody else's folders are touched, a full disk costs one line."""
 
 import errno
+import logging
 import os
 import resource
 import shutil
@@ -339,7 +340,9 @@ def test_the_newest_is_the_highest_step_whatever_the_clock_says(folder: Path) ->
     assert shelf.steps(folder) == [2, 3]
 
 
-def test_what_fails_late_is_neither_printed_nor_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fails_late_is_neither_printed_nor_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """When one write failed, others still fail behind the error that was told."""
     told: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", told.append)
@@ -354,6 +357,9 @@ def test_what_fails_late_is_neither_printed_nor_raised(tmp_path: Path, monkeypat
     monkeypatch.setattr(checkpoints._orbax, "close", refuse)
     checkpoints.close()
     assert sys.unraisablehook == told.append
+    for late in (OSError(errno.EFBIG, "File too large"), RuntimeError("news")):
+        logging.getLogger("asyncio").error("Future exception was never retrieved", exc_info=late)
+    assert [str(record.exc_info[1]) for record in caplog.records if record.exc_info] == ["news"]
 
 
 def test_a_save_that_succeeds_starts_the_count_anew(tmp_path: Path) -> None:
