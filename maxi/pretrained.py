@@ -1,5 +1,6 @@
 """A MODEL argument, which everywhere may be a Hugging Face folder or a run folder, to weights in memory."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from maxi.params import abstract, shardings
 from maxi.paths import read_file
 from maxi.run import Run
 
+log = logging.getLogger("maxi")
+
 _ROPE_FIELDS = {"rope_theta", "rope_scaling", "rope_parameters"}
 
 
@@ -31,15 +34,19 @@ def model_folder(path: str | Path) -> Path:
     return folder
 
 
-def open_tokenizer(tokenizer: str | None, init_from: str | None) -> Tokenizer:
+def open_tokenizer(tokenizer: str | None, init_from: str | None, allow_other: bool = False) -> Tokenizer:
     """The tokenizer of a run: the one named, or that of the MODEL it starts from.
 
-    Raises ConfigError when both are given and are not the same, ModelFolderError when there is none.
+    Raises ConfigError when both are given and are not the same, unless `allow_other`; ModelFolderError when there is none.
     """
     source = model_folder(init_from) if init_from else None
     found = Tokenizer.load(tokenizer or source or "")
     if tokenizer and source and Tokenizer.load(source).fingerprint() != found.fingerprint():
-        raise ConfigError(f"{tokenizer} is not the tokenizer of {init_from}", "tokenizer", "leave out tokenizer")
+        what = f"{tokenizer} is not the tokenizer of {init_from}"
+        if not allow_other:
+            fix = "leave out tokenizer, or train with --allow-change tokenizer"
+            raise ConfigError(f"{what}, whose weights know its ids alone", "tokenizer", fix)
+        log.warning("warning: %s, which --allow-change allows", what)
     return found
 
 
@@ -92,10 +99,11 @@ def resolve_config(
     """The model that a run's `model` section asks for.
 
     `config` (a path or fields) is read over the config of `init_from`. `vocab_size` is taken when neither gives one;
-    `special` are token ids of the tokenizer, taken unless given. Raises ModelFolderError.
+    `special` are token ids of the tokenizer, taken unless given. Raises ModelFolderError, ConfigError for fields of the
+    run's own config.
     """
     fields: dict[str, Any] = {}
-    where = init_from or "model.config"
+    where, given = init_from or "model.config", config
     if init_from is not None:
         fields |= read_model(init_from).hf_config
     if isinstance(config, str):
@@ -113,4 +121,9 @@ def resolve_config(
         if theta is not None and "rope_theta" not in (changes.get("rope_parameters") or {}):
             fields["rope_theta"] = theta
     fields |= changes
-    return from_hf_config({"vocab_size": vocab_size, **special, **fields}, where)
+    try:
+        return from_hf_config({"vocab_size": vocab_size, **special, **fields}, where)
+    except ModelFolderError as error:
+        if isinstance(given, dict):
+            raise ConfigError(error.what, "model.config", error.fix) from None
+        raise

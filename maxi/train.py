@@ -146,7 +146,9 @@ def _prepare(config: Config, run: Run, resume: Resume) -> Job:
     processes.require_shared(run.folder)
     devices = mesh.build(config.mesh, rows=config.batch_size // config.micro_batches, seq_len=config.seq_len)
     log.info("devices: %s", mesh.describe(devices))
-    tokenizer, model = _tokenizer_and_model(config)
+    # of a run that has begun, `record` knows the tokenizer
+    allow_other = "tokenizer" in resume.allow_change or Run.is_run(run.folder)
+    tokenizer, model = _tokenizer_and_model(config, allow_other)
     _check_fit(config, tokenizer, model, devices)
     if config.model.reference:
         references.check(config.model.reference, model, tokenizer)
@@ -337,9 +339,9 @@ def _examiner(job: Job, stop: StopRequest) -> Callable[[State], tuple[dict[str, 
     return examine
 
 
-def _tokenizer_and_model(config: Config) -> tuple[Tokenizer, Model]:
+def _tokenizer_and_model(config: Config, allow_other: bool) -> tuple[Tokenizer, Model]:
     init_from = config.model.init_from
-    tokenizer = pretrained.open_tokenizer(config.tokenizer, init_from)
+    tokenizer = pretrained.open_tokenizer(config.tokenizer, init_from, allow_other)
     special = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id, "bos_token_id": None}
     return tokenizer, pretrained.resolve_config(init_from, config.model.config, tokenizer.vocab_size, special)
 

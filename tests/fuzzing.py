@@ -250,7 +250,8 @@ def _config_json(_: Path) -> Any:
     def use(fields: dict[str, Any]) -> None:
         model = from_hf_config(json.loads(json.dumps(fields)))
         rope.cos_sin(model.rope, _positions())
-        resolve_config(None, {"rope_scaling": fields.get("rope_scaling")} | fields, 300, {})
+        own = {"rope_scaling": fields.get("rope_scaling")} | fields
+        accepted_or_refused(lambda: resolve_config(None, own, 300, {}), 2)
 
     def read(given: tuple[str, dict[str, Any], dict[str, Any]]) -> None:
         kind, fields, scaling = given

@@ -294,7 +294,7 @@ def test_overrides(override: str, here: Path, capfd: pytest.CaptureFixture[str])
         (["mesh.tensor=4", "model.config.num_attention_heads=4"], 2, "key/value heads 1 does not divide over tensor 4"),
         (["mesh.context=4", "seq_len=12"], 2, "seq_len 12 does not divide into 8"),
         (["seq_len=65"], 2, "seq_len 65 is over the model's max_position_embeddings 64"),
-        (["model.config.num_attention_heads=3", "model.config.num_key_value_heads=2"], 4, "3 heads do not divide into 2"),
+        (["model.config.num_attention_heads=3", "model.config.num_key_value_heads=2"], 2, "3 heads do not divide into 2"),
     ],
 )
 def test_sizes_that_do_not_fit(overrides: list[str], code: int, says: str, here: Path, refused: Refused) -> None:
@@ -378,11 +378,22 @@ def test_a_text_that_a_tokenizer_fails_on(here: Path, tmp_path: Path, capfd: pyt
     one_line(err[err.index("maxi: ") :], 3, "the tokenizer fails on a text", "retry-limit-in-match")
 
 
-def test_another_tokenizer_than_the_models(here: Path, tmp_path: Path, refused: Refused) -> None:
+def test_another_tokenizer_than_the_models(
+    here: Path, tmp_path: Path, refused: Refused, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its ids would mean other words than those that the weights have learned."""
     bpe.train([f"{small.SENTENCE[::-1]} " * 20], 300, tmp_path / "other")
-    stage = ["train", here / "c.yaml", "model.config=null", f"model.init_from={here / 'model'}"]
-    refused([*stage, f"tokenizer={tmp_path / 'other'}"], 2, "is not the tokenizer of")
+    stage = ["train", here / "c.yaml", "model.config=null", f"model.init_from={here / 'model'}", f"run_dir={tmp_path / 'run'}"]
+    stage += [f"tokenizer={tmp_path / 'other'}"]
+    refused(stage, 2, "is not the tokenizer of")
+
+    def stop(*_: object) -> None:
+        raise Preempted("here")
+
+    monkeypatch.setattr(training, "_begin", stop)
+    for more in ["--allow-change", "tokenizer"], []:  # what has begun so goes on so
+        assert main(list(map(str, [*stage, *more]))) == 75
+        assert "which --allow-change allows" in capfd.readouterr().out
 
 
 def test_a_model_that_lacks_its_tokenizers_ids(here: Path, tmp_path: Path, refused: Refused) -> None:
