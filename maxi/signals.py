@@ -26,6 +26,10 @@ INTERRUPTED = 130
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
+class _Asked(BaseException):
+    """What a signal raises in the midst of anything: no library, and nothing of ours that waits for faults, may catch it."""
+
+
 class StopRequest:
     """While entered, the first SIGTERM or SIGINT sets `asked` to its name.
 
@@ -47,12 +51,14 @@ class StopRequest:
             threading.Thread(target=self._listen, daemon=True, name="signals").start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self._before:
             signal.set_wakeup_fd(self._wake)
             os.close(self._write)  # which ends the thread
+        if isinstance(error, _Asked):
+            raise self._early() from None
 
     def ready(self) -> None:
         """From now on there is something to save. Raises Preempted if somebody asked already."""
@@ -64,7 +70,7 @@ class StopRequest:
         self.asked = self.asked or signal.Signals(number).name
         if self._raises and not self._raised:
             self._raised = True
-            raise self._early()
+            raise _Asked
 
     def _early(self) -> Preempted:
         return Preempted(f"{self.asked} before the first step, nothing was lost", self.where, "run the same command to go on")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from maxi import signals
-from maxi.errors import Preempted
+from maxi.errors import ModelFolderError, Preempted
 from maxi.signals import StopRequest
 
 
@@ -44,6 +44,15 @@ def test_before_the_first_step_it_raises() -> None:
     with pytest.raises(Preempted, match="SIGTERM before the first step, nothing was lost") as caught, StopRequest():
         signal.raise_signal(signal.SIGTERM)
     assert caught.value.code == 75 and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_before_the_first_step_nothing_that_looks_for_faults_stops_it() -> None:
+    """What reads a checkpoint turns every ValueError of its library into one about the checkpoint, and Preempted is one."""
+    with pytest.raises(Preempted, match="SIGINT before the first step"), StopRequest():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except Exception as error:
+            raise ModelFolderError("cannot restore", "a step") from error
 
 
 @pytest.mark.parametrize("number", signals.SIGNALS)
