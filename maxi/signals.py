@@ -40,6 +40,7 @@ class StopRequest:
         self.asked, self.grace, self.where = "", grace, where
         self._raises, self._raised, self._wake = True, False, -1
         self._before: dict[int, Any] = {}
+        self._unraisable = sys.unraisablehook
         self._read, self._write = -1, -1
 
     def __enter__(self) -> "StopRequest":
@@ -47,6 +48,7 @@ class StopRequest:
             self._read, self._write = os.pipe()
             os.set_blocking(self._write, False)
             self._wake = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+            self._unraisable, sys.unraisablehook = sys.unraisablehook, self._tell
             self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
             threading.Thread(target=self._listen, daemon=True, name="signals").start()
         return self
@@ -57,7 +59,8 @@ class StopRequest:
         if self._before:
             signal.set_wakeup_fd(self._wake)
             os.close(self._write)  # which ends the thread
-        if isinstance(error, _Asked):
+            sys.unraisablehook = self._unraisable
+        if isinstance(error, _Asked) or (self._raised and error is None):
             raise self._early() from None
 
     def ready(self) -> None:
@@ -71,6 +74,12 @@ class StopRequest:
         if self._raises and not self._raised:
             self._raised = True
             raise _Asked
+
+    def _tell(self, unraisable: Any) -> None:
+        """In a destructor or a callback of the garbage collector Python only prints what is raised: `ready` and the end of
+        the context remember that somebody asked."""
+        if unraisable.exc_type is not _Asked:
+            self._unraisable(unraisable)
 
     def _early(self) -> Preempted:
         return Preempted(f"{self.asked} before the first step, nothing was lost", self.where, "run the same command to go on")

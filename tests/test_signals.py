@@ -1,6 +1,7 @@
 """A stop is asked for once, answered in time, and forced by a second signal."""
 
 import signal
+import sys
 import threading
 import time
 from typing import Any
@@ -53,6 +54,23 @@ def test_before_the_first_step_nothing_that_looks_for_faults_stops_it() -> None:
             signal.raise_signal(signal.SIGINT)
         except Exception as error:
             raise ModelFolderError("cannot restore", "a step") from error
+
+
+class _AsksWhenItGoes:
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("ready", [True, False])
+def test_before_the_first_step_it_is_not_lost_in_a_destructor(ready: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    hook, after = sys.unraisablehook, []
+    with pytest.raises(Preempted, match="SIGTERM before the first step"), StopRequest() as stop:
+        _AsksWhenItGoes()
+        after.append("went on")
+        if ready:
+            stop.ready()
+            after.append("not here")
+    assert after == ["went on"] and capfd.readouterr().err == "" and sys.unraisablehook is hook
 
 
 @pytest.mark.parametrize("number", signals.SIGNALS)
