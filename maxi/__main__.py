@@ -65,11 +65,14 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--html", metavar="OUT", help="the page to write (default: check.html in the run folder)")
     command.add_argument("--json", metavar="OUT", help="write the figures to this file too; - prints them alone")
 
-    command = add("export", "write a run's weights as a Hugging Face folder", _export)
+    command = add("export", "write a run's weights as a Hugging Face folder, or its adapter as peft does", _export)
     command.add_argument("run_dir", metavar="RUN", help="a run folder")
     command.add_argument("out", metavar="OUT", help="the folder to write")
     command.add_argument("--step", type=int, help="of which checkpoint (default: the newest)")
     command.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: the run's export_dtype")
+    form = command.add_mutually_exclusive_group()
+    form.add_argument("--merge", action="store_true", help="an adapter as part of the weights (the default)")
+    form.add_argument("--adapter", action="store_true", help="the adapter alone, in peft's format, float32")
     command.add_argument("--force", action="store_true", help="replace OUT if it exists")
 
     command = add("convert", "import a Hugging Face folder and export it again, every tensor the same bytes", _convert)
@@ -267,7 +270,8 @@ def _quickstart(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     from maxi.export import export
 
-    print(export(args.run_dir, args.out, step=args.step, dtype=args.dtype, force=args.force))
+    options = {"step": args.step, "dtype": args.dtype, "adapter": args.adapter, "force": args.force}
+    print(export(args.run_dir, args.out, **options))
 
 
 def _convert(args: argparse.Namespace) -> None:

@@ -100,23 +100,24 @@ def program_of(config: Config, devices: Any) -> Program:
     model = model_of(config)
     program.check_sizes(model, devices, config.batch_size, config.seq_len, config.micro_batches)
     total = config.steps or ANY_LENGTH
-    return program.build(model, objective, config.compute, config.optim, devices, total, config.micro_batches)
+    parts = (objective, config.compute, config.optim, devices, total, config.micro_batches)
+    return program.build(model, *parts, adapter=config.adapter, freeze=config.freeze, seed=config.seed)
 
 
-def arguments(config: Config, built: Program, document_tokens: int) -> tuple[Any, Any]:
-    """Shapes of the state and of a batch, whose items have `document_tokens` tokens on average."""
+def arguments(config: Config, built: Program, document_tokens: int) -> tuple[Any, Any, Any]:
+    """Shapes of the state, of a batch, whose items have `document_tokens` tokens on average, and of what is only read."""
     row = made_up(config, built.objective.rows, built.model.vocab_size, document_tokens, 1)[0]
-    return built.abstract_state(), built.abstract_batch(row, config.batch_size)
+    return built.abstract_state(), built.abstract_batch(row, config.batch_size), built.abstract_frozen()
 
 
-def compile_step(built: Program, state: Any, batch: Any, *, keep_text: bool = False) -> Compiled:
-    """The compiled step for a state and a batch, or for their shapes; with its program where `keep_text`.
+def compile_step(built: Program, state: Any, batch: Any, frozen: Any, *, keep_text: bool = False) -> Compiled:
+    """The compiled step for its arguments, or for their shapes; with its program where `keep_text`.
 
     Raises what the compiler does, RESOURCE_EXHAUSTED where it does not fit.
     """
     start = time.perf_counter()
     with jax.set_mesh(built.devices), tempfile.TemporaryDirectory() as folder:
-        lowered = built.step().lower(state, batch)
+        lowered = built.step().lower(state, batch, frozen)
         traced = time.perf_counter()
         written = keep_text and platform() == "tpu"
         executable = lowered.compile({"xla_dump_to": folder, **DUMP} if written else None)

@@ -22,6 +22,7 @@ from maxi.dims import MESH_AXES
 from maxi.errors import ConfigError
 from maxi.sections import (
     STRICT,
+    AdapterConfig,
     ChatConfig,
     CheckpointConfig,
     ComputeConfig,
@@ -29,8 +30,10 @@ from maxi.sections import (
     DataConfig,
     DPOConfig,
     EvalConfig,
+    FullConfig,
     KTOConfig,
     LogConfig,
+    LoraConfig,
     MeshConfig,
     ModelConfig,
     Natural,
@@ -69,6 +72,10 @@ class Config:
     data: DataConfig = Field(default_factory=DataConfig)
     chat: ChatConfig = Field(default_factory=ChatConfig)
     objective: ObjectiveConfig = Field(default_factory=PretrainConfig)
+    adapter: AdapterConfig = Field(default_factory=FullConfig)
+    freeze: tuple[str, ...] = ()
+    """Without an adapter: which weights stay, by their Hugging Face names, e.g. ["*", "!*norm*"]; the last pattern that matches
+    decides, one that begins with ! frees."""
     optim: OptimConfig = Field(default_factory=OptimConfig)
     mesh: MeshConfig = Field(default_factory=MeshConfig)
     processes: ProcessesConfig = Field(default_factory=ProcessesConfig)
@@ -83,6 +90,9 @@ class Config:
 
 
 _ADAPTER: TypeAdapter[Config] = TypeAdapter(Config)
+
+KINDS = {"objective": ("name", "pretrain"), "adapter": ("kind", "none")}
+"""Sections of several kinds -> the key that says which, and the default. The section may be just that word."""
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -103,10 +113,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def from_tree(tree: dict[str, Any], where: str) -> Config:
     """A `Config` from plain dicts and lists; `where` names their origin in errors. Raises ConfigError."""
     tree = dict(tree)
-    if isinstance(tree.get("objective"), str):
-        tree["objective"] = {"name": tree["objective"]}
-    elif isinstance(tree.get("objective"), dict):
-        tree["objective"] = {"name": "pretrain", **tree["objective"]}
+    for section, (key, default) in KINDS.items():
+        if isinstance(tree.get(section), str):
+            tree[section] = {key: tree[section]}
+        elif isinstance(tree.get(section), dict):
+            tree[section] = {key: default, **tree[section]}
     try:
         text = json.dumps(tree, default=str)  # strict JSON: mappings and lists, no other coercion
     except (TypeError, ValueError) as error:  # a key that is a list, a number of thousands of digits
@@ -149,7 +160,7 @@ def _document(cls: Any, prefix: str) -> Iterator[tuple[str, str, str]]:
             yield from _document(section, name + ".")
             continue
         if info.discriminator:
-            yield from _document_kinds(get_args(section), name)
+            yield from _document_kinds(get_args(section), name, str(info.discriminator))
             continue
         default = "required" if info.is_required() else _show(info.get_default(call_default_factory=True))
         yield name, default, info.description or ""
@@ -157,16 +168,16 @@ def _document(cls: Any, prefix: str) -> Iterator[tuple[str, str, str]]:
             yield from ((f"{name}[].{n}", d, t) for n, d, t in _document(Source, "") if field.name == "train")
 
 
-def _document_kinds(kinds: Sequence[Any], prefix: str) -> Iterator[tuple[str, str, str]]:
+def _document_kinds(kinds: Sequence[Any], prefix: str, said_by: str) -> Iterator[tuple[str, str, str]]:
     """Each key of several classes once, saying which of them have it; the first is the default."""
     found: dict[tuple[str, str, str], list[str]] = {}
     for kind in kinds:
-        own = kind.__pydantic_fields__["name"].get_default()
+        own = kind.__pydantic_fields__[said_by].get_default()
         for key, default, text in _document(kind, prefix + "."):
-            if key != prefix + ".name":
+            if key != f"{prefix}.{said_by}":
                 found.setdefault((key, default, text), []).append(own)
-    names = [f"{kind.__pydantic_fields__['name'].get_default()}: {kind.__doc__}" for kind in kinds]
-    yield prefix + ".name", kinds[0].__pydantic_fields__["name"].get_default(), " ".join(names)
+    names = [f"{kind.__pydantic_fields__[said_by].get_default()}: {kind.__doc__}" for kind in kinds]
+    yield f"{prefix}.{said_by}", kinds[0].__pydantic_fields__[said_by].get_default(), " ".join(names)
     for (key, default, text), owners in found.items():
         yield key, default, f"({', '.join(owners)}) {text}"
 
@@ -196,8 +207,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if isinstance(node, dict):
             if node.get(part) is None:
                 node[part] = {}
-            elif part == "objective" and isinstance(node[part], str):
-                node[part] = {"name": node[part]}
+            elif node is tree and part in KINDS and isinstance(node[part], str):
+                node[part] = {KINDS[part][0]: node[part]}
             node = node[part]
         else:
             node = node[_index(node, part, where)]
@@ -218,8 +229,8 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
     found = error.errors(include_url=False)
     first = next((e for e in found if e["type"] == "unexpected_keyword_argument"), found[0])
     loc = list(first["loc"])
-    if loc[:1] == ["objective"] and len(loc) > 2:
-        del loc[1]  # which of the objectives pydantic was reading
+    if loc[0] in KINDS and len(loc) > 2:
+        del loc[1]  # which of the kinds pydantic was reading
     key = ".".join(str(part) for part in loc)
     if first["type"] == "json_invalid":  # YAML can spell half surrogate pairs, which no file can hold
         return ConfigError("a text in the config is not UTF-8", where, "write its characters out")
@@ -233,7 +244,8 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
         return ConfigError(f"the key {key!r} is missing{more}", where, f"add {key.split('.')[-1]}: ...")
     if first["type"] == "union_tag_invalid":
         found = first.get("ctx", {})
-        return ConfigError(f"{key}.name: there is no {found.get('tag')!r}", where, f"use one of {found.get('expected_tags')}")
+        what = f"{key}.{KINDS[key][0]}: there is no {found.get('tag')!r}"
+        return ConfigError(what, where, f"use one of {found.get('expected_tags')}")
     given = first["input"]
     got = f"{given!r} ({type(given).__name__})" if not isinstance(given, dict | list) else f"a {type(given).__name__}"
     message = first["msg"].removeprefix("Value error, ")
@@ -259,6 +271,7 @@ def _check_together(config: Config, where: str) -> None:
     if not config.data.train:
         refuse("data.train is empty", "give data.train: [{path: FILE}]")
     _check_objective(config, refuse)
+    _check_adapter(config, refuse)
     optim = config.optim
     if optim.warmup_steps is not None and optim.warmup_ratio is not None:
         refuse("optim.warmup_steps and optim.warmup_ratio are both given", "keep one")
@@ -284,3 +297,18 @@ def _check_objective(config: Config, refuse: Callable[[str, str], None]) -> None
         refuse(f"chat.train_on_prompt has no meaning for {objective.name}", "remove it, or set objective: sft")
     if chat.system_prompts and chat.system_by is None:
         refuse("chat.system_prompts needs the column that picks from it", "set chat.system_by")
+
+
+def _check_adapter(config: Config, refuse: Callable[[str, str], None]) -> None:
+    adapter = config.adapter
+    if config.model.init_from is None and (config.freeze or adapter.kind != "none"):
+        refuse("there is no base to keep", "set model.init_from, or leave out adapter and freeze")
+    if adapter.kind == "none":
+        return
+    if config.freeze:
+        refuse("freeze has no meaning beside an adapter, which freezes all weights", "remove one of them")
+    if isinstance(adapter, LoraConfig) and adapter.init == "pissa":
+        if adapter.quantise != "none":
+            refuse("adapter.init pissa needs the weights as they are", "set adapter.quantise to none")
+        if adapter.dora or adapter.init_from:
+            refuse(f"adapter.init pissa cannot be had with {'dora' if adapter.dora else 'init_from'}", "remove one of them")

@@ -20,6 +20,7 @@ DIMS: dict[str, str] = {
     "M": "micro-batches",
     "C": "chunks or blocks",
     "P": "pairs of answers in a row",
+    "R": "rank of an adapter",
 }
 
 MESH_AXES: tuple[str, ...] = ("replica", "fsdp", "context", "tensor")

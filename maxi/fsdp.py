@@ -13,10 +13,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import CustomVJPPrimal
 from jax.sharding import PartitionSpec
 
 from maxi.sharding import axes_of, restricted
@@ -68,8 +70,9 @@ def whole(weight: jax.Array, axis: int, dtype: Any) -> jax.Array:
 
 
 def gathered(weight: jax.Array, axis: int, dtype: Any) -> jax.Array:
-    """`whole` without a gradient."""
-    return lax.all_gather(weight.astype(dtype), AXIS, axis=axis, tiled=True)
+    """`whole` without a gradient; integers travel as they are."""
+    travels = weight.astype(dtype) if jnp.issubdtype(weight.dtype, jnp.floating) else weight
+    return lax.all_gather(travels, AXIS, axis=axis, tiled=True)
 
 
 def scattered(gradient: jax.Array, axis: int) -> jax.Array:
@@ -112,7 +115,8 @@ def scan_ahead(
     travelling while this one computes, forward and backward.
 
     Only the x between layers is kept for the backward pass, which computes each layer again. `axes` are those of one
-    slice; `extras` are any arrays that have no gradient; split weights travel in `dtype`.
+    slice; `extras` are any arrays that have no gradient; split weights travel in `dtype`. Weights that nobody asks the
+    gradient of get none.
     """
     return _scan_ahead(layer, (tuple(jax.tree.leaves(axes)), dtype), weights, x, extras)
 
@@ -137,10 +141,10 @@ def _merge(weights: Tree, i: jax.Array, how: How, travelled: list[jax.Array]) ->
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _scan_ahead(layer, how, weights, x, extras):
-    return _ahead_fwd(layer, how, weights, x, extras)[0]
+    return _ahead(layer, how, weights, x, extras)[0]
 
 
-def _ahead_fwd(layer, how, weights, x, extras):
+def _ahead(layer, how, weights, x, extras):
     depth = jax.tree.leaves(weights)[0].shape[0]
 
     def body(carry, i):
@@ -152,22 +156,50 @@ def _ahead_fwd(layer, how, weights, x, extras):
     return out, (weights, kept, extras, last)
 
 
+@flax.struct.dataclass
+class _Learned:
+    """Which leaves of the weights get a gradient, as a constant among what is kept for the backward pass."""
+
+    flags: tuple[bool, ...] = flax.struct.field(pytree_node=False)
+
+
+def _ahead_fwd(layer, how, *arguments):
+    weights, x, extras = jax.tree.map(lambda a: a.value, arguments, is_leaf=_is_primal)
+    learned = _Learned(tuple(a.perturbed for a in jax.tree.leaves(arguments[0], is_leaf=_is_primal)))
+    out, saved = _ahead(layer, how, weights, x, extras)
+    return out, (*saved, learned)
+
+
+def _is_primal(node: Any) -> bool:
+    return isinstance(node, CustomVJPPrimal)
+
+
 def _ahead_bwd(layer, how, saved, dout):
-    weights, kept, extras, last = saved
-    depth = jax.tree.leaves(weights)[0].shape[0]
+    weights, kept, extras, last, learned = saved
+    leaves, treedef = jax.tree.flatten(weights)
+    depth = leaves[0].shape[0]
+    axes = [axis for axis, is_learned in zip(how[0], learned.flags, strict=True) if is_learned]
 
     def body(carry, i_x):
         (dx, here), (i, x) = carry, i_x
         ahead = _gather(weights, jnp.maximum(i - 1, 0), how)
-        dx, dweights = jax.vjp(lambda x, w: layer(x, w, extras), x, _merge(weights, i, how, here))[1](dx)
-        return (dx, ahead), [scattered(g, axis) for g, axis in zip(jax.tree.leaves(dweights), how[0], strict=True)]
+        now = jax.tree.leaves(_merge(weights, i, how, here))
+
+        def of_learned(x, some):
+            left = iter(some)
+            all_of_them = [next(left) if flag else w for flag, w in zip(learned.flags, now, strict=True)]
+            return layer(x, treedef.unflatten(all_of_them), extras)
+
+        some = [w for flag, w in zip(learned.flags, now, strict=True) if flag]
+        dx, dsome = jax.vjp(of_learned, x, some)[1](dx)
+        return (dx, ahead), [scattered(g, axis) for g, axis in zip(dsome, axes, strict=True)]
 
     (dx, _), grads = lax.scan(body, (dout, last), (jnp.arange(depth), kept), reverse=True)
-    treedef = jax.tree.structure(weights)
-    return treedef.unflatten(grads), dx, None
+    left = iter(grads)
+    return treedef.unflatten([next(left) if flag else None for flag in learned.flags]), dx, None
 
 
-_scan_ahead.defvjp(_ahead_fwd, _ahead_bwd)
+_scan_ahead.defvjp(_ahead_fwd, _ahead_bwd, symbolic_zeros=True)
 
 
 def summed(sums: Tree, axes: Axes | None = None) -> Tree:

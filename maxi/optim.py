@@ -50,6 +50,9 @@ def optimizer(config: OptimConfig, table: Table, rate: optax.Schedule) -> optax.
     parts += [direction]
     if config.weight_decay:
         parts += [optax.add_decayed_weights(config.weight_decay, decay_mask(table, config.decay_embeddings))]
+    if any(param.rate != 1 for param in table.params.values()):
+        rates = table.map(lambda _, param: param.rate)
+        parts += [optax.stateless(lambda updates, _: jax.tree.map(operator.mul, updates, rates))]
     return optax.chain(*parts, optax.scale_by_learning_rate(rate))
 
 

@@ -9,10 +9,11 @@ The tree: `{"embed": [V, D], "layers": {"w_q": [L, D, N, H], ...}, "final_norm":
 same shapes form one *stack*, stacked along L; a model with layers of several kinds has several stacks.
 """
 
+import hashlib
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -20,8 +21,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.sharding import Mesh, NamedSharding
 
-from maxi import fsdp
-from maxi.sharding import weight_spec
+from maxi.sharding import fetch, weight_spec
 
 Tree = dict[str, Any]
 """A pytree of nested dicts whose leaves follow a table."""
@@ -38,7 +38,9 @@ class Param:
     dims: str
     hf: str
     layout: str
-    init: Literal["normal", "ones", "zeros"] = "normal"
+    init: Literal["normal", "ones", "zeros", "uniform"] = "normal"
+    rate: float = 1.0
+    """Its learning rate, as a multiple of everybody's."""
 
     @property
     def stacked(self) -> bool:
@@ -58,7 +60,7 @@ class Param:
     @property
     def is_matrix(self) -> bool:
         """Whether it takes part in a matmul (or is an embedding), and so decays; norms and biases do not."""
-        return self.init == "normal"
+        return sum(group != "1" for group in _groups(self.layout)) == 2
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,11 @@ class Table:
     def hf_shape(self, param: Param) -> tuple[int, ...]:
         """Shape of one layer's tensor in a Hugging Face folder."""
         groups = [group.strip("()").split() for group in _groups(param.layout)]
-        return tuple(math.prod(self.sizes[letter] for letter in group) for group in groups)
+        return tuple(math.prod(1 if letter == "1" else self.sizes[letter] for letter in group) for group in groups)
+
+    def only(self, paths: Collection[str]) -> "Table":
+        """The table of these weights alone."""
+        return replace(self, params={path: param for path, param in self.params.items() if path in paths})
 
     def hf_tensors(self) -> Iterator[tuple[str, str, int | None]]:
         """(Hugging Face name, path, index along L or None) of every tensor, layer by layer."""
@@ -140,7 +146,8 @@ def abstract(table: Table, dtype: Any = jnp.float32) -> Tree:
 
 
 def init(table: Table, key: jax.Array, dtype: Any = jnp.float32) -> Tree:
-    """First weights: normal of standard deviation `table.init_std` as in transformers, norms one, biases zero.
+    """First weights: normal of standard deviation `table.init_std` as in transformers, norms one, biases zero, the first
+    matrices of adapters uniform up to 1 / sqrt(inputs) either way, which is torch's default for a linear layer.
 
     Each weight's randomness depends on `key` and its path alone, so that neither the order of the table nor the
     devices it is sharded over change a number.
@@ -148,9 +155,12 @@ def init(table: Table, key: jax.Array, dtype: Any = jnp.float32) -> Tree:
 
     def make(path: str, param: Param) -> jax.Array:
         shape = table.shape(path)
+        leaf_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
         if param.init == "normal":
-            leaf_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
             return table.init_std * jax.random.normal(leaf_key, shape, dtype)
+        if param.init == "uniform":
+            most = math.prod(shape[axis] for axis in param.matrix_axes[0]) ** -0.5
+            return jax.random.uniform(leaf_key, shape, dtype, -most, most)
         return (jnp.ones if param.init == "ones" else jnp.zeros)(shape, dtype)
 
     return table.map(make)
@@ -161,10 +171,10 @@ def shardings(table: Table, mesh: Mesh) -> Tree:
     return table.map(lambda _, param: NamedSharding(mesh, weight_spec(param.dims, table.sizes, mesh)))
 
 
-def split_axes(table: Table) -> Tree:
-    """Along which axis each weight is split over `fsdp` under the mesh in scope, as `maxi.fsdp` reads it; -1: it is not."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return table.map(lambda _, param: -1 if mesh.empty else fsdp.split_axis(weight_spec(param.dims, table.sizes, mesh)))
+def put(tree: Tree, path: str, leaf: Any) -> Tree:
+    """The tree with another leaf at a dotted path; what is not on the way to it is shared."""
+    first, _, rest = path.partition(".")
+    return {**tree, first: put(tree.get(first, {}), rest, leaf) if rest else leaf}
 
 
 def decay_mask(table: Table, embeddings: bool) -> Tree:
@@ -182,6 +192,15 @@ def matmul_flops_per_token(table: Table) -> int:
     weights = sum(math.prod(table.shape(p)) for p, param in table.params.items() if param.is_matrix)
     lookup_only = math.prod(table.shape("embed")) if "lm_head" in table.params else 0
     return 2 * (weights - lookup_only)
+
+
+def fingerprint(params: Tree) -> str:
+    """sha256 (hex) of all weights, in the order of their paths, one in memory at a time."""
+    sha = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        sha.update(f"{jax.tree_util.keystr(path)} {leaf.dtype}{leaf.shape}".encode())
+        sha.update(fetch(leaf).tobytes())
+    return sha.hexdigest()
 
 
 def describe(table: Table) -> str:

@@ -1,22 +1,31 @@
-"""A MODEL argument, which everywhere may be a Hugging Face folder or a run folder, to weights in memory."""
+"""A MODEL argument, which everywhere may be a Hugging Face folder, a run folder or an adapter in peft's format, to weights
+in memory. Of what trained an adapter beside a base, or part of it, the base is read from where the run took it, and the
+result is whole: weights of the base's shapes with what was learned in them."""
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
+from safetensors.numpy import load_file, save_file
 
-from maxi import hf
+from maxi import adapters, hf
+from maxi.adapters import Tuning
+from maxi.adapters.weights import START
 from maxi.checkpoint import Checkpoints, abstract_state
+from maxi.config import load
 from maxi.data.tokenizer import Tokenizer
 from maxi.errors import ConfigError, ModelFolderError
-from maxi.hf import Loaded
+from maxi.hf import Loaded, peft
 from maxi.hf.folder import MAX_CONFIG_BYTES, parse_json
 from maxi.models import Model, from_hf_config
-from maxi.params import abstract, shardings
+from maxi.params import Tree, abstract, fingerprint, get, shardings
 from maxi.paths import read_file
-from maxi.run import Run
+from maxi.run import Run, remember, remembered
 
 log = logging.getLogger("maxi")
 
@@ -28,6 +37,8 @@ def model_folder(path: str | Path) -> Path:
     folder = Path(path).expanduser()
     if Run.is_run(folder):
         return Run(folder).model
+    if peft.is_adapter(folder) and not (folder / "config.json").is_file():
+        return model_folder(_base_name(peft.open_adapter(folder)))
     if not (folder / "config.json").is_file():
         what = "there is no such folder" if not folder.is_dir() else "neither a run folder nor a Hugging Face model"
         raise ModelFolderError(what, str(path), "name a folder with config.json, or one that `maxi train` made")
@@ -65,17 +76,83 @@ def open_model(path: str | Path, step: int | None = None, dtype: Any = "float32"
     if not Run.is_run(path):
         if step is not None:
             raise ModelFolderError("a Hugging Face folder has no steps", str(path), "leave out --step")
+        if peft.is_adapter(path):
+            return _open_adapter(peft.open_adapter(path), dtype, mesh)
         model, params = hf.read(folder, dtype=dtype, mesh=mesh)
         return Loaded(model, params, folder)
-    model = read_model(path)
-    checkpoints = Checkpoints(Run(path).checkpoints, read_only=True)
-    found = _chosen(checkpoints, step, path)
-    where = shardings(model.table, mesh) if mesh else model.table.map(lambda *_: SingleDeviceSharding(jax.devices()[0]))
-    params = checkpoints.restore_weights(found, abstract_state(abstract(model.table), where))
-    checkpoints.close()
+    trained = open_trained(path, step, mesh)
+    params = trained.tuning.merged(trained.params, trained.frozen)
     if dtype is not None:
         params = jax.tree.map(lambda w: w.astype(dtype), params)
-    return Loaded(model, params, folder)
+    return Loaded(trained.model, params, folder)
+
+
+class Trained(NamedTuple):
+    """What a run's checkpoint holds, and what stayed beside it; `model` is of the base's table."""
+
+    model: Model
+    tuning: Tuning
+    params: Tree
+    frozen: Tree
+
+
+def open_trained(path: str | Path, step: int | None = None, mesh: Mesh | None = None) -> Trained:
+    """What a run has learned at `step`, and its base. Raises ModelFolderError, as `open_model` does."""
+    run, model = Run(path), read_model(path)
+    config = load(run.config)
+    tuning = adapters.build(model.table, config.freeze, **asdict(config.adapter))
+    checkpoints = Checkpoints(run.checkpoints, read_only=True)
+    found, one = _chosen(checkpoints, step, path), SingleDeviceSharding(jax.devices()[0])
+    where = shardings(tuning.table, mesh) if mesh else tuning.table.map(lambda *_: one)
+    params = checkpoints.restore_weights(found, abstract_state(abstract(tuning.table), where))
+    checkpoints.close()
+    frozen = fixed(tuning, open_base(config.model.init_from, run, mesh), run, mesh) if tuning.needs_base else {}
+    return Trained(model, tuning, params, frozen)
+
+
+def open_base(init_from: str | None, run: Run, mesh: Mesh | None = None) -> Tree:
+    """The weights that a run keeps beside what it trains, float32; a run remembers which they are.
+
+    Raises ModelFolderError when they are gone or not the same any more.
+    """
+    assert init_from is not None
+    base = open_model(init_from, mesh=mesh).params
+    known, found = remembered(run, "base"), fingerprint(base)
+    if known is not None and known != found:
+        what = f"{init_from} is not the base any more that this run was trained on"
+        raise ModelFolderError(what, str(run.folder), "restore it")
+    remember(run, "base", found)
+    return base
+
+
+def fixed(tuning: Tuning, base: Tree, run: Run, mesh: Mesh | None = None, first: Tree | None = None) -> Tree:
+    """What of the base stays beside what is trained. `first` are first values, kept in the run where they are needed later."""
+    frozen = tuning.fix(base)
+    if tuning.keeps_start:
+        if first is not None:
+            flat = {path: np.asarray(get(first, path)) for path in tuning.table.params}
+            aside = run.start.with_suffix(".partial")
+            save_file(flat, aside)
+            aside.replace(run.start)
+        flat = load_file(run.start)
+        frozen = {**frozen, START: tuning.table.map(lambda path, _: jnp.asarray(flat[path]))}
+    return jax.device_put(frozen, adapters.frozen_shardings(tuning, mesh)) if mesh else frozen
+
+
+def _open_adapter(settings: peft.Settings, dtype: Any, mesh: Mesh | None) -> Loaded:
+    """A base with an adapter in peft's format, merged."""
+    base = open_model(_base_name(settings), mesh=mesh)
+    tuning = peft.tuning_of(settings, base.model.table)
+    params = tuning.merged(peft.read(settings, tuning), tuning.fix(base.params))
+    tokenizer = settings.folder if any(settings.folder.glob("tokenizer*.json")) else base.folder
+    return Loaded(base.model, params if dtype is None else jax.tree.map(lambda w: w.astype(dtype), params), tokenizer)
+
+
+def _base_name(settings: peft.Settings) -> str:
+    if not settings.base or not Path(settings.base).expanduser().is_dir():
+        what = f"its base {settings.base} is not a folder here"
+        raise ModelFolderError(what, str(settings.folder), "set base_model_name_or_path in adapter_config.json")
+    return settings.base
 
 
 def _chosen(checkpoints: Checkpoints, step: int | None, path: str | Path) -> int:

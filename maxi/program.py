@@ -3,8 +3,8 @@
 `train` runs it on rows; `bench` times it on made-up ones, or compiles it for hardware that is not here.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -14,17 +14,22 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from maxi import optim
+from maxi import adapters, optim
 from maxi import step as steps
+from maxi.adapters import Tuning
+from maxi.adapters.weights import START
 from maxi.checkpoint import abstract_state
 from maxi.errors import ConfigError
 from maxi.kernels.platform import platform
 from maxi.models import Model, decoder
 from maxi.models.decoder import UNROLL_AT_MOST, Compute
+from maxi.models.model import restacked
 from maxi.objectives import Objective
-from maxi.params import init, shardings
-from maxi.sections import ComputeConfig, OptimConfig
+from maxi.params import abstract, init, shardings
+from maxi.sections import AdapterConfig, ComputeConfig, FullConfig, OptimConfig
 from maxi.step import State
+
+FULL = FullConfig()
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,9 @@ class Program:
     where: State
     micro_batches: int
     ema: float
+    tuning: Tuning
+    frozen_where: Any
+    seed: int
     spikes: steps.Spikes | None = None
     deterministic: bool = False
 
@@ -62,6 +70,9 @@ class Program:
             ema=self.ema,
             spikes=self.spikes,
             deterministic=self.deterministic,
+            join=self.tuning.join,
+            frozen_where=self.frozen_where,
+            noise=self.seed if self.tuning.needs_noise else None,
         )
 
     def new_state(self, params: Any) -> State:
@@ -90,9 +101,16 @@ class Program:
         """Shapes, dtypes and shardings of the state."""
 
         def make() -> State:
-            return steps.make_state(init(self.model.table, jax.random.key(0)), self.optimizer, bool(self.ema), self.spikes)
+            return steps.make_state(init(self.tuning.table, jax.random.key(0)), self.optimizer, bool(self.ema), self.spikes)
 
         return abstract_state(jax.eval_shape(make), self.where)
+
+    def abstract_frozen(self) -> Any:
+        """Shapes, dtypes and shardings of what stays beside the state."""
+        kept = jax.eval_shape(self.tuning.fix, abstract(self.tuning.base))
+        if self.tuning.keeps_start:
+            kept |= {START: abstract(self.tuning.table)}
+        return abstract_state(kept, self.frozen_where)
 
     def abstract_batch(self, arrays: Mapping[str, Any], rows: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and shardings of a global batch of `rows` rows like this one, given by its arrays."""
@@ -108,21 +126,32 @@ def build(
     devices: Mesh,
     total: int,
     micro_batches: int,
+    adapter: AdapterConfig = FULL,
+    freeze: Sequence[str] = (),
+    seed: int = 0,
 ) -> Program:
-    """The program of a run of `total` steps on a mesh of `devices`, every `auto` decided."""
+    """The program of a run of `total` steps on a mesh of `devices`, every `auto` decided; `seed` is that of dropout.
+
+    Raises ConfigError for an adapter or patterns that do not fit the model.
+    """
+    chosen = choose_compute(compute, model)
+    tuning = adapters.build(model.table, freeze, dtype=chosen.dtype, **asdict(adapter))
     rate = optim.schedule(optimizer, total)
-    update = optim.optimizer(optimizer, model.table, rate)
+    update = optim.optimizer(optimizer, tuning.table, rate)
     spikes = steps.Spikes(optimizer.spike_zscore, optimizer.spike_window) if optimizer.spike_zscore else None
     return Program(
-        model=model,
+        model=restacked(model, tuning.whole),
         objective=objective,
-        compute=choose_compute(compute, model),
+        compute=chosen,
         devices=devices,
         rate=rate,
         optimizer=update,
-        where=steps.state_shardings(model.table, update, devices, bool(optimizer.ema), spikes),
+        where=steps.state_shardings(tuning.table, update, devices, bool(optimizer.ema), spikes),
         micro_batches=micro_batches,
         ema=optimizer.ema,
+        tuning=tuning,
+        frozen_where=adapters.frozen_shardings(tuning, devices),
+        seed=seed,
         spikes=spikes,
         deterministic=compute.deterministic,
     )

@@ -32,7 +32,7 @@ from maxi.hf import Loaded
 from maxi.models import Model, decoder
 from maxi.models.decoder import Compute
 from maxi.objectives.branches import branch_logprobs
-from maxi.params import Tree
+from maxi.params import Tree, fingerprint
 from maxi.pretrained import model_folder, read_model
 from maxi.run import Run, remember, remembered
 from maxi.sharding import fetch
@@ -47,15 +47,6 @@ _CHECKSUM = hashlib.sha256().digest_size
 
 SAY_EVERY = 30.0
 """Seconds between lines that tell how far it is."""
-
-
-def fingerprint(params: Tree) -> str:
-    """sha256 (hex) of all weights, in the order of their paths, one in memory at a time."""
-    sha = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        sha.update(f"{jax.tree_util.keystr(path)} {leaf.dtype}{leaf.shape}".encode())
-        sha.update(fetch(leaf).tobytes())
-    return sha.hexdigest()
 
 
 def check(name: str, policy: Model, tokenizer: Tokenizer) -> None:

@@ -20,6 +20,7 @@ from maxi import step as steps
 from maxi.checkpoint import Checkpoints
 from maxi.errors import ConfigError, EnvironmentFault
 from maxi.metrics import plain
+from maxi.params import Tree
 from maxi.program import Program
 from maxi.run import Run, facts_of
 from maxi.step import State
@@ -33,9 +34,11 @@ def verify_step(
     program: Program,
     checkpoints: Checkpoints,
     first: Callable[[], State],
+    frozen: Tree,
     batches: Callable[[int], Iterator[Any]],
 ) -> None:
-    """Replays step `number`; `first()` is the state before step 1, `batches(n)` what the steps after n read.
+    """Replays step `number`; `first()` is the state before step 1, `frozen` what stays beside it, and `batches(n)` what the
+    steps after n read.
 
     Raises EnvironmentFault naming the machine when bits differ, ConfigError when the run has not come that far.
     """
@@ -50,13 +53,13 @@ def verify_step(
     for at in range(base + 1, number + 1):
         batch = steps.put(next(read), program.devices)
         if at == number:
-            again, of_again = take(jax.tree.map(jnp.copy, state), batch)
+            again, of_again = take(jax.tree.map(jnp.copy, state), batch, frozen)
             fix = "take this machine out: the same computation gave two results"
-            state, metrics = take(state, batch)
+            state, metrics = take(state, batch, frozen)
             _same(again, state, "computed twice", where, fix)
             _same(of_again, metrics, "computed twice", where, fix)
         else:
-            state, metrics = take(state, batch)
+            state, metrics = take(state, batch, frozen)
         if at in recorded:
             compared += 1
             _same_record(plain(metrics), recorded[at], at, run)

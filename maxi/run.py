@@ -1,7 +1,7 @@
 """The run folder: all the state there is of a run, and what may change when it goes on.
 
 config.yaml      the resolved configuration
-run.json         fingerprints of data, tokenizer and reference, versions, environment, what was read, and the history:
+run.json         fingerprints of data, tokenizer, reference and base, versions, environment, what was read, and the history:
                  every start, and what was allowed to change at it
 model/           config.json and the tokenizer
 checkpoints/     see checkpoint.py
@@ -12,6 +12,8 @@ events.jsonl     what every start spent its time on, see events.py
 stacks-P.txt     where the threads of process P were when a step took far too long, see watchdog.py
 tensorboard/     both of them as TensorBoard events
 hf/              the export
+adapter/         the adapter by itself, in peft's format
+adapter_start.safetensors  what PiSSA started from, which exports take off again
 exported.json    which step it is of
 processes/       of several processes, what libraries wrote by themselves
 xla/             of several processes, compiled programs
@@ -87,7 +89,8 @@ class Run:
         self.folder = Path(folder)
         self.config, self.facts = self.folder / "config.yaml", self.folder / "run.json"
         self.exported = self.folder / "exported.json"
-        self.model, self.hf = self.folder / "model", self.folder / "hf"
+        self.model, self.hf, self.adapter = self.folder / "model", self.folder / "hf", self.folder / "adapter"
+        self.start = self.folder / "adapter_start.safetensors"
         self.checkpoints, self.tensorboard = self.folder / "checkpoints", self.folder / "tensorboard"
         self.metrics, self.samples, self.perf = (self.folder / f"{name}.jsonl" for name in ("metrics", "samples", "perf"))
         self.events = self.folder / "events.jsonl"

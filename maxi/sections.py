@@ -189,6 +189,59 @@ ObjectiveConfig = Annotated[PretrainConfig | SFTConfig | DPOConfig | KTOConfig, 
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class FullConfig:
+    """No adapter: the weights themselves are trained."""
+
+    kind: Literal["none"] = "none"
+    """What is learned beside the weights, which then stay. `adapter: lora` is short for `adapter: {kind: lora}`."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LoraConfig:
+    """Low-rank changes of weights."""
+
+    kind: Literal["lora"] = "lora"
+    """What is learned beside the weights."""
+    rank: Annotated[int, Field(ge=1, le=4096)] = 16
+    """The rank of each change."""
+    alpha: Positive = 32.0
+    """Changes are scaled by alpha / rank."""
+    targets: str | Annotated[tuple[str, ...], Field(min_length=1)] = "all"
+    """Which weights: all (every projection of the layers), or a list such as [q_proj, v_proj, embed_tokens, lm_head]."""
+    dropout: Beta = 0.0
+    """The share of inputs to the change that a training step zeroes."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (rsLoRA, arXiv:2312.03732)."""
+    dora: bool = False
+    """Learn each output's length beside its direction (DoRA, arXiv:2402.09353)."""
+    lr_ratio: Positive = 1.0
+    """The learning rate of B over that of A (LoRA+, arXiv:2402.12354); 16 is usual there."""
+    init: Literal["default", "pissa"] = "default"
+    """First values: random and zero; or of the largest singular values of the weight (PiSSA, arXiv:2404.02948)."""
+    quantise: Literal["none", "int8", "nf4"] = "none"
+    """How the frozen projections are kept: as they are computed with, in 8 or in 4 bits (QLoRA, arXiv:2305.14314)."""
+    init_from: str | None = None
+    """A folder with an adapter that peft or maxi wrote, to go on from; rank, alpha, targets and the like must be its own."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class IA3Config:
+    """Factors on what projections give (IA3, arXiv:2205.05638)."""
+
+    kind: Literal["ia3"] = "ia3"
+    """What is learned beside the weights."""
+    targets: str | Annotated[tuple[str, ...], Field(min_length=1)] = ("k_proj", "v_proj", "down_proj")
+    """Which projections: all, or a list; of down_proj the inputs are scaled."""
+    quantise: Literal["none", "int8", "nf4"] = "none"
+    """How the frozen projections are kept: as they are computed with, in 8 or in 4 bits (QLoRA, arXiv:2305.14314)."""
+    init_from: str | None = None
+    """A folder with an adapter that peft or maxi wrote, to go on from; targets must be its own."""
+
+
+AdapterConfig = Annotated[FullConfig | LoraConfig | IA3Config, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class OptimConfig:
     """How the weights move."""
 

@@ -27,6 +27,12 @@ Batch = dict[str, jax.Array]
 Loss = Callable[[Tree, Batch], Sums]
 Totals = Callable[[Tree, Batch], dict[str, jax.Array]]
 Metrics = dict[str, jax.Array]
+Join = Callable[[Tree, Tree, Any], Tree]
+
+
+def _alone(params: Tree, frozen: Tree, noise_B: Any) -> Tree:
+    del frozen, noise_B
+    return params
 
 
 @flax.struct.dataclass
@@ -165,8 +171,15 @@ def make_step(
     ema: float = 0.0,
     spikes: Spikes | None = None,
     deterministic: bool = False,
-) -> Callable[[State, Batch], tuple[State, Metrics]]:
-    """The jitted `step(state, batch) -> (state, metrics)`; it consumes (donates) the state it is given.
+    join: Join = _alone,
+    frozen_where: Tree | None = None,
+    noise: int | None = None,
+) -> Callable[..., tuple[State, Metrics]]:
+    """The jitted `step(state, batch, frozen) -> (state, metrics)`; it consumes (donates) the state it is given.
+
+    Where less than the whole model is trained, `frozen` is the rest (its shardings `frozen_where`), which is only read,
+    and `join` makes of both the tree that the loss takes; else it is left out. With the seed `noise` every row gets a key,
+    uint32 [B, 2], from the step and its place in the batch, which `join` is given too.
 
     `batch` arrays are [B, ...]; metrics are float32 scalars. `totals` gives sums that the loss has to know of the whole
     batch beforehand; added up over the micro-batches they are the loss's `batch["totals"]`. When loss or gradient is
@@ -174,16 +187,20 @@ def make_step(
     `train/skipped` is 1; `train/spike` is 1 in the second case.
     """
 
-    def sums_and_gradient(params: Tree, batch: Batch) -> tuple[Sums, Tree]:
-        sums, grads = _accumulate(loss, totals, params, batch, micro_batches)
+    def sums_and_gradient(params: Tree, batch: Batch, frozen: Tree) -> tuple[Sums, Tree]:
+        def joined(function: Any) -> Any:
+            return function and (lambda params, batch: function(join(params, frozen, batch.get("noise")), batch))
+
+        sums, grads = _accumulate(joined(loss), joined(totals), params, batch, micro_batches)
         return fsdp.summed(sums), fsdp.summed(grads, axes)
 
-    specs = jax.tree.map(lambda sharding: sharding.spec, where.params)
+    specs, frozen_specs = (jax.tree.map(lambda sharding: sharding.spec, tree) for tree in (where.params, frozen_where or {}))
     axes = jax.tree.map(lambda sharding: fsdp.split_axis(sharding.spec), where.params)
 
-    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        by_rows = fsdp.by_rows(sums_and_gradient, (specs, activation_spec("B")), (PartitionSpec(), specs))
-        sums, grads = by_rows(state.params, batch)
+    def step(state: State, batch: Batch, frozen: Tree | None = None) -> tuple[State, Metrics]:
+        by_rows = fsdp.by_rows(sums_and_gradient, (specs, activation_spec("B"), frozen_specs), (PartitionSpec(), specs))
+        keys = {} if noise is None else {"noise": _noise(noise, state.step, len(batch["tokens"]))}
+        sums, grads = by_rows(state.params, {**batch, **keys}, frozen or {})
         weight = jnp.maximum(sums.weight, 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
         norm = optax.tree.norm(grads)
@@ -213,6 +230,12 @@ def make_step(
 
     options = compiler.options(platform(), jax.sharding.get_abstract_mesh().shape, deterministic)
     return jax.jit(step, donate_argnums=0, out_shardings=(where, None), compiler_options=options)
+
+
+def _noise(seed: int, step: jax.Array, B: int) -> jax.Array:
+    """A key for every row of a step's batch, uint32 [B, 2]."""
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), B)
+    return constrain(jax.random.key_data(keys), "BC")
 
 
 def with_totals(totals: Totals | None, params: Tree, batch: Batch) -> Batch:

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from maxi import __version__, evaluate, mesh, objectives, pretrained, processes, program, references, rewind, scores
+from maxi import __version__, evaluate, mesh, objectives, pretrained, processes, program, references, rewind, scores, starting
 from maxi import export as exports
 from maxi import step as steps
 from maxi.checkpoint import Checkpoints
@@ -38,13 +38,14 @@ from maxi.errors import ConfigError, DataError, StoppedTogether
 from maxi.events import Events
 from maxi.generation import complete, conversation
 from maxi.health import Health, weights_of
-from maxi.hf import Loaded
+from maxi.hf import Loaded, peft
 from maxi.hf.config_json import config_fields, generation_fields
 from maxi.metrics import Recorder, process_memory
 from maxi.models import Model
 from maxi.models.sampling import Sampling
 from maxi.objectives import Objective
-from maxi.params import count, init
+from maxi.params import Tree, count
+from maxi.pretrained import Trained
 from maxi.program import Program
 from maxi.replay import verify_step
 from maxi.run import AS_BEFORE, Resume, Run, claim, exported_step, record, reset_at, truncate_after
@@ -86,6 +87,8 @@ class Job:
     prompts: list[list[int]]
     total: int
     program: Program
+    adapter: peft.Settings | None
+    """A finished adapter to go on from."""
 
     @property
     def model(self) -> Model:
@@ -113,16 +116,16 @@ def train(config: Config, resume: Resume = AS_BEFORE) -> Summary:
         opened = Checkpoints(run.checkpoints, config.checkpoint.keep, config.checkpoint.background)
         with jax.set_mesh(job.devices), closing(opened) as checkpoints:
             with events.phase("state"):
-                state, start = _begin(job, checkpoints, resume)
+                state, frozen, start = _begin(job, checkpoints, resume)
             events.resumed(start)
             if job.objective.needs_reference:
                 with events.phase("reference"):
-                    _attach_reference(job, state if start == 0 else None)
+                    _attach_reference(job, frozen, state if start == 0 else None)
             with _recorder(job, start, events) as recorder, _watchdog(job, events, recorder):
-                state = _steps(job, state, start, recorder, checkpoints, stop)
-        if config.export_hf:
-            with events.phase("export"):
-                _export(job, state)
+                state = _steps(job, state, frozen, start, recorder, checkpoints, stop)
+        with events.phase("export"):
+            params = state.params if state.ema is None else state.ema
+            exports.finish(run, Trained(job.model, job.program.tuning, params, frozen), job.total)
         return _summary(job, recorder)
 
 
@@ -132,11 +135,12 @@ def verify(config: Config, number: int) -> None:
     with StopRequest(config.checkpoint.grace, config.run_dir), claim(config) as run, processes.together():
         job = _prepare(rewind.settle(run, config, None), run, AS_BEFORE)
         with jax.set_mesh(job.devices), closing(Checkpoints(run.checkpoints, read_only=True)) as checkpoints:
+            frozen = starting.frozen(config, job.program, run)
             if job.objective.needs_reference:
-                _attach_reference(job, None)
+                _attach_reference(job, frozen, None)
             share = steps.share(job.devices)
             iterate = partial(job.batches.iterate, shard=share[0], shards=share[1])
-            verify_step(number, run, job.program, checkpoints, partial(_first_state, job), iterate)
+            verify_step(number, run, job.program, checkpoints, lambda: _first_state(job)[0], frozen, iterate)
 
 
 def _prepare(config: Config, run: Run, resume: Resume) -> Job:
@@ -150,6 +154,7 @@ def _prepare(config: Config, run: Run, resume: Resume) -> Job:
     allow_other = "tokenizer" in resume.allow_change or Run.is_run(run.folder)
     tokenizer, model = _tokenizer_and_model(config, allow_other)
     _check_fit(config, tokenizer, model, devices)
+    adapter = starting.finished_adapter(config, model)
     if config.model.reference:
         references.check(config.model.reference, model, tokenizer)
 
@@ -168,13 +173,14 @@ def _prepare(config: Config, run: Run, resume: Resume) -> Job:
     processes.barrier()
 
     parts = (objective, config.compute, config.optim, devices, total, config.micro_batches)
-    job = Job(config, run, devices, tokenizer, batches, eval_rows, prompts, total, program.build(model, *parts))
+    built = program.build(model, *parts, adapter=config.adapter, freeze=config.freeze, seed=config.seed)
+    job = Job(config, run, devices, tokenizer, batches, eval_rows, prompts, total, built, adapter)
     _announce(job)
     return job
 
 
-def _begin(job: Job, checkpoints: Checkpoints, resume: Resume) -> tuple[State, int]:
-    """The state to go on from and the number of steps it has behind it: resumed, from other weights, or new."""
+def _begin(job: Job, checkpoints: Checkpoints, resume: Resume) -> tuple[State, Tree, int]:
+    """The state to go on from (resumed, from other weights, or new), what stays beside it, and the steps behind it."""
     config, saved = job.config, checkpoints.newest()
     start = saved or 0
     if start > job.total:
@@ -185,41 +191,38 @@ def _begin(job: Job, checkpoints: Checkpoints, resume: Resume) -> tuple[State, i
         job.run.exported.unlink()
     if saved:
         log.info("state: resumed from step %d of %d%s", start, job.total, ", all done" if start >= job.total else "")
+        frozen = starting.frozen(config, job.program, job.run)
         if resume.reset_optimizer and reset_at(job.run, config, start):
             log.info("state: new optimizer from step %d on", start)
-            return job.program.restarted(*checkpoints.restore_but_optimizer(start, job.program.abstract_state())), start
-        return job.program.with_losses(checkpoints.restore(start, job.program.abstract_state())), start
-    state = _first_state(job)
-    if config.model.init_from and config.export_dtype == "bfloat16" and config.optim.name == "adamw":
+            parts = checkpoints.restore_but_optimizer(start, job.program.abstract_state())
+            return job.program.restarted(*parts), frozen, start
+        return job.program.with_losses(checkpoints.restore(start, job.program.abstract_state())), frozen, start
+    state, frozen = _first_state(job)
+    if config.model.init_from and not frozen and config.export_dtype == "bfloat16" and config.optim.name == "adamw":
         matrices = [weight for weight in jax.tree.leaves(state.params) if weight.ndim >= 2]
         rms = math.sqrt(sum(float(jnp.vdot(w, w)) for w in matrices) / sum(w.size for w in matrices))
         if text := too_small_for_bf16(float(np.sum(jax.vmap(job.program.rate)(jnp.arange(job.total)))), rms):
             log.warning("warning: %s", text)
-    return state, 0
+    return state, frozen, 0
 
 
-def _first_state(job: Job) -> State:
-    """The state before the first step."""
-    config = job.config
-    if config.model.init_from:
-        log.info("state: weights of %s, new optimizer", config.model.init_from)
-    else:
-        log.info("state: new weights from seed %d", config.seed)
-    return job.program.new_state(_first_weights(job))
-
-
-def _first_weights(job: Job) -> Any:
-    """What the run starts from."""
+def _first_state(job: Job) -> tuple[State, Tree]:
+    """The state before the first step, and what stays beside it."""
     if job.config.model.init_from:
-        return pretrained.open_model(job.config.model.init_from, mesh=job.devices).params
-    return jax.jit(partial(init, job.model.table), out_shardings=job.program.where.params)(jax.random.key(job.config.seed))
+        log.info("state: weights of %s, new optimizer", job.config.model.init_from)
+    else:
+        log.info("state: new weights from seed %d", job.config.seed)
+    first, frozen = starting.first_values(job.config, job.program, job.run, job.adapter)
+    return job.program.new_state(first), frozen
 
 
-def _steps(job: Job, state: State, start: int, recorder: Recorder, checkpoints: Checkpoints, stop: StopRequest) -> State:
+def _steps(
+    job: Job, state: State, frozen: Tree, start: int, recorder: Recorder, checkpoints: Checkpoints, stop: StopRequest
+) -> State:
     """Steps `start` to `total`. What a checkpoint says is done is in the records before it is written."""
     config, vote = job.config, processes.Vote(job.devices)
     take_step = job.program.step()
-    examine = _examiner(job, stop)
+    examine = _examiner(job, frozen, stop)
     health = Health(job.devices, weights_of(job.program.where))
     saver = Saver(checkpoints, health, recorder.flush, recorder.say, config.run_dir)
     if start == 0 or (_evaluates(job, start) and not _evaluated(job, start)):  # a stop saves first and leaves it to us
@@ -233,7 +236,7 @@ def _steps(job: Job, state: State, start: int, recorder: Recorder, checkpoints: 
         asked_at = time.monotonic()
         batch = next(batches)
         waited = time.monotonic() - asked_at
-        state, metrics = take_step(state, steps.put(batch, job.devices))
+        state, metrics = take_step(state, steps.put(batch, job.devices), frozen)
         recorder.step(done, metrics, waited)
         saver.poll()
         if done == 1 and health(weights_of(state)).digest == untouched:
@@ -269,7 +272,7 @@ def _evaluated(job: Job, done: int) -> bool:
     return processes.exchange(there)[0]
 
 
-def _attach_reference(job: Job, first: State | None) -> None:
+def _attach_reference(job: Job, frozen: Tree, first: State | None) -> None:
     """The reference's log-probabilities, into the rows. `first` is the state before the first step, None when that is
     over and the reference has to come from where the run took it."""
     config = job.config
@@ -277,7 +280,8 @@ def _attach_reference(job: Job, first: State | None) -> None:
     def weights() -> Any:
         if config.model.reference:
             return pretrained.open_model(config.model.reference, mesh=job.devices).params
-        return first.params if first else _first_weights(job)
+        start = partial(starting.first_values, config, job.program, job.run, job.adapter)
+        return job.program.tuning.off(lambda: first.params if first else start()[0], frozen)
 
     references.attach_for_run(
         [*job.batches.opened, *(job.eval_rows.opened if job.eval_rows else ())],
@@ -296,7 +300,7 @@ class Stopping(Exception):
     """An evaluation was left because the run is to stop; it is made up for when the run goes on."""
 
 
-def _examiner(job: Job, stop: StopRequest) -> Callable[[State], tuple[dict[str, Any], list[dict[str, Any]]]]:
+def _examiner(job: Job, frozen: Tree, stop: StopRequest) -> Callable[[State], tuple[dict[str, Any], list[dict[str, Any]]]]:
     """What an evaluation does: metrics on the evaluation rows, and continuations of the fixed prompts with their scores.
 
     Raises Stopping when a stop was asked for.
@@ -318,7 +322,7 @@ def _examiner(job: Job, stop: StopRequest) -> Callable[[State], tuple[dict[str, 
             yield batch
 
     def examine(state: State) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        params = state.params if state.ema is None else state.ema
+        params = job.program.tuning.join(state.params if state.ema is None else state.ema, frozen)
         values: dict[str, Any] = {}
         if job.eval_rows is not None:
             rows = job.eval_rows.batches(config.max_rows)
@@ -381,6 +385,9 @@ def _announce(job: Job) -> None:
         *(model.family, f"{count(model.table):,}", len(model.layers), "unrolled" if compute.unroll else "scanned"),
         *(f"{model.vocab_size:,}", f"{job.tokenizer.vocab_size:,}"),
     )
+    if job.program.tuning.needs_base:
+        trained = count(job.program.tuning.table)
+        log.info("trained: %s of them (%.2f %%), %s", f"{trained:,}", 100 * trained / count(model.table), config.adapter.kind)
     log.info("compute: %s, remat %s", jnp.dtype(compute.dtype).name, compute.remat)
     size = f"{config.batch_size} x {job.batches.width} tokens in {config.micro_batches} micro-batches"
     each = f" (about {config.batch_size * job.batches.items / rows:.0f} items)" if job.objective.rows != "documents" else ""
@@ -430,18 +437,6 @@ def _shares() -> Callable[[list[float]], list[list[float]]] | None:
 def _life() -> dict[str, Any]:
     """What is said of this start in events.jsonl."""
     return {"maxi": __version__, "host": socket.gethostname(), "pid": os.getpid()}
-
-
-def _export(job: Job, state: State) -> None:
-    """hf/, unless it is already of this step."""
-    run = job.run
-    if processes.exchange(run.hf.is_dir() and exported_step(run) == job.total)[0]:
-        return
-    params = state.params if state.ema is None else state.ema
-    exports.write(run, Loaded(job.model, params, run.model), run.hf.resolve(), force=True)
-    if processes.is_first():
-        write_whole(run.exported, json.dumps({"step": job.total}) + "\n")
-    log.info("export: %s (step %d, %s)", run.hf, job.total, job.config.export_dtype)
 
 
 def _summary(job: Job, recorder: Recorder) -> Summary:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from maxi import aot, mesh
 from maxi import step as steps
+from maxi.adapters.weights import START
 from maxi.bench.timing import Timing, about_this_machine, clock
 from maxi.config import Config
 from maxi.data.loader import stack
@@ -23,7 +24,7 @@ from maxi.errors import ConfigError
 from maxi.figures import check_writable, keep, write
 from maxi.made_up import made_up
 from maxi.metrics import process_memory
-from maxi.params import count, init
+from maxi.params import count, init, shardings
 from maxi.program import Program
 from maxi.runtime import without_cache
 
@@ -89,9 +90,9 @@ def _about(config: Config, built: Program, document_tokens: int) -> dict[str, An
     return report
 
 
-def _compile(built: Program, state: Any, batch: Any, dump_hlo: str | None) -> tuple[Any, dict[str, Any]]:
+def _compile(built: Program, state: Any, batch: Any, frozen: Any, dump_hlo: str | None) -> tuple[Any, dict[str, Any]]:
     """The compiled step, and what there is to say of it."""
-    done = aot.compile_step(built, state, batch, keep_text=dump_hlo is not None)
+    done = aot.compile_step(built, state, batch, frozen, keep_text=dump_hlo is not None)
     memory = done.memory
     print(f"compile: {done.trace_s + done.compile_s:.1f} s, of which tracing {done.trace_s:.1f}")
     arguments, temporary = memory["argument_size_in_bytes"], memory["temp_size_in_bytes"]
@@ -120,20 +121,29 @@ def _run(config: Config, built: Program, document_tokens: int, timed_steps: int,
     rows = made_up(config, built.objective.rows, built.model.vocab_size, document_tokens, config.batch_size * different)
     stacked = [stack(rows[i::different]) for i in range(different)]
     tokens = [int((batch["segments"] != 0).sum()) for batch in stacked]
-    new = jax.jit(partial(init, built.model.table), out_shardings=built.where.params)
     with jax.set_mesh(built.devices):
-        state = built.new_state(new(jax.random.key(config.seed)))
+        state, frozen = _new(built, config.seed)
         batches = [steps.put(batch, built.devices) for batch in stacked]
-        compiled, report = _compile(built, state, batches[0], dump_hlo)
+        compiled, report = _compile(built, state, batches[0], frozen, dump_hlo)
 
         def take(batch: Any) -> Any:
             nonlocal state
-            state, metrics = compiled(state, batch)
+            state, metrics = compiled(state, batch, frozen)
             return state, metrics
 
         seconds = [clock(partial(take, batch)) for batch in itertools.islice(itertools.cycle(batches), WARM_UP + timed_steps)]
     timing = Timing.of(seconds[WARM_UP:])
     return report | _speed(config, built, timing, sum(tokens) / different)
+
+
+def _new(built: Program, seed: int) -> tuple[Any, Any]:
+    """A state of random weights, and what stays beside it."""
+    tuning = built.tuning
+    where = shardings(tuning.base, built.devices)
+    base = jax.jit(partial(init, tuning.base), out_shardings=where)(jax.random.key(seed))
+    first = tuning.first(jax.random.key(seed), base)
+    frozen = tuning.fix(base) | ({START: first} if tuning.keeps_start else {})
+    return built.new_state(first), jax.device_put(frozen, built.frozen_where)
 
 
 def _speed(config: Config, built: Program, timing: Timing, tokens: float) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from maxi.data.tokenizer import Tokenizer
 from maxi.errors import EnvironmentFault, ModelFolderError, NumericsError
 from maxi.hf.card import default_card
 from maxi.hf.config_json import config_fields, generation_fields
-from maxi.hf.folder import CONFIG, DTYPES, GENERATION, INDEX, SINGLE
+from maxi.hf.folder import ADAPTER, CONFIG, DTYPES, GENERATION, INDEX, SINGLE
 from maxi.hf.importer import float_dtype
 from maxi.models import Model
 from maxi.params import Table, Tree, get, to_hf
@@ -84,13 +84,13 @@ def write(
         _write_weights(model.table, params, plan, max_shard_bytes, hidden)
         stored = _main_dtype(plan)
         config = config_fields(model, stored, tokenizer)
-        _write_json(hidden / CONFIG, config)
+        write_json(hidden / CONFIG, config)
         if generation := generation_fields(config, tokenizer, generation):
-            _write_json(hidden / GENERATION, generation)
+            write_json(hidden / GENERATION, generation)
         if tokenizer is not None:
             tokenizer.save(hidden)
         (hidden / "README.md").write_text(card or default_card(model, stored, out.name), "utf-8", newline="\n")
-        _publish(hidden, out)
+        publish(hidden, out)
     except OSError as error:
         raise EnvironmentFault(f"cannot write the model, {error.strerror}", str(out), "check space and rights") from None
     finally:
@@ -102,15 +102,15 @@ def write(
 def check_target(out: str | Path, force: bool) -> Path:
     """The absolute path to write to. Raises ModelFolderError if something is there that may not be replaced.
 
-    An empty folder may always be, a model folder only with `force`, and anything else never.
+    An empty folder may always be, a model folder or an adapter only with `force`, and anything else never.
     """
     out = Path(out).expanduser().resolve()
     old = _old(out)
-    if old.exists() and not out.exists():  # killed between the two renames of `_publish`
+    if old.exists() and not out.exists():  # killed between the two renames of `publish`
         old.rename(out)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return out
-    if not (out / CONFIG).is_file():
+    if not any((out / name).is_file() for name in (CONFIG, ADAPTER)):
         raise ModelFolderError("the target exists and is no model folder", str(out), "choose another path")
     if not force:
         raise ModelFolderError("the target exists", str(out), "choose another path, or --force to replace it")
@@ -163,7 +163,7 @@ def _write_weights(table: Table, params: Tree, plan: list[_Planned], max_shard_b
     if len(shards) > 1:
         shard_of = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         total = sum(tensor.size for tensor in plan)
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(shard_of.items()))})
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(shard_of.items()))})
 
 
 def _write_header(file: IO[bytes], shard: list[_Planned]) -> None:
@@ -203,11 +203,12 @@ def _take(stack: jax.Array, number: jax.Array) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(stack, number, keepdims=False)
 
 
-def _write_json(path: Path, tree: dict[str, Any]) -> None:
+def write_json(path: Path, tree: dict[str, Any]) -> None:
+    """An object as the JSON files of model folders are written."""
     path.write_text(json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8", newline="\n")
 
 
-def _publish(hidden: Path, out: Path) -> None:
+def publish(hidden: Path, out: Path) -> None:
     """Flushes the finished folder and puts it in the target's place; an old one is removed only after that."""
     faults.at("export.write")
     for path in (*hidden.iterdir(), hidden):

@@ -22,6 +22,7 @@ from maxi.errors import ModelFolderError
 from maxi.paths import inside, read_file
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -84,7 +85,7 @@ def tensors(folder: Path) -> dict[str, Stored]:
     with its shards.
     """
     if _present(folder / SINGLE):
-        return {tensor.name: tensor for tensor in _header(folder, SINGLE)}
+        return tensors_in(folder, SINGLE)
     if _present(folder / INDEX):
         return _sharded(folder)
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
@@ -92,6 +93,11 @@ def tensors(folder: Path) -> dict[str, Stored]:
         fix = "convert it with transformers: model.save_pretrained(folder)"
         raise ModelFolderError(f"safetensors only, not pickled weights such as {pickles[0]}", str(folder), fix)
     raise ModelFolderError(f"no weights, neither {SINGLE} nor {INDEX}", str(folder), "complete the download")
+
+
+def tensors_in(folder: Path, name: str) -> dict[str, Stored]:
+    """Every tensor of one safetensors file of the folder. Raises ModelFolderError where it is missing or damaged."""
+    return {tensor.name: tensor for tensor in _header(folder, name)}
 
 
 def _present(path: Path) -> bool:

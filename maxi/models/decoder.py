@@ -7,21 +7,23 @@ goes layer by layer with a key/value cache.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from maxi import fsdp
+from maxi.adapters.weight import Adapted, cast, linear, rows, split_axes, whole
 from maxi.kernels.attention import attention, prepare, ring
-from maxi.kernels.linear import linear
+from maxi.kernels.linear import linear as product
 from maxi.kernels.logprobs import cross_entropy, token_logprobs
 from maxi.kernels.norm import rms_norm
 from maxi.kernels.rotary import rotary
 from maxi.kernels.swiglu import swiglu
 from maxi.models.model import Block, LayerKind, Model, blocks
 from maxi.models.rope import cos_sin
-from maxi.params import Tree, split_axes
+from maxi.params import Tree
 from maxi.sharding import constrain, local, shards
 
 UNROLL_AT_MOST = 12
@@ -78,7 +80,7 @@ def hidden(
     x_BTD = _embed(model, params, tokens_BT, compute)
     prepared = _prepare(model, positions_BT, segments_BT, contexts_BT, compute)
     places = _Places(*cos_sin(model.rope, positions_BT), positions_BT, segments_BT, contexts_BT, prepared)
-    axes = split_axes(model.table)
+    axes = split_axes(model.table, params)
     for block in blocks(model.layers):
         if compute.unroll or block.repeats == 1:
             for number, kind in _numbered(block):
@@ -161,25 +163,28 @@ class Logprobs:
         places = batch["positions"], batch["segments"]
         h_BTD = hidden(self.model, params, batch["tokens"], *places, self.compute, batch.get("contexts"))
         name, dtype = "embed" if self.model.tied else "lm_head", self.compute.dtype
-        axis = split_axes(self.model.table)[name]
-        if fsdp.by_hand() and axis == 0 and shards("T") == 1 and self.compute.head in ("auto", "split"):
-            return h_BTD, params[name].astype(dtype), True
-        return h_BTD, fsdp.all_whole(params[name], axis, dtype).astype(dtype), False
+        head = params[name]
+        axes = split_axes(self.model.table.only([name]), params)[name]
+        by_parts = fsdp.by_hand() and not isinstance(head, Adapted) and axes == 0
+        if by_parts and shards("T") == 1 and self.compute.head in ("auto", "split"):
+            return h_BTD, whole(head, dtype), True
+        return h_BTD, whole(fsdp.all_whole(head, axes, dtype), dtype), False
 
 
 def logits(params: Tree, h_BTD: jax.Array, compute: Compute = Compute()) -> jax.Array:
     """Float32 logits [B, T, V] of hidden states."""
-    head_VD = params.get("lm_head", params["embed"])
-    return linear("BTD,VD->BTV", h_BTD.astype(compute.dtype), head_VD, dtype=jnp.float32)
+    head = params.get("lm_head", params["embed"])
+    head_VD = whole(head, compute.dtype) if isinstance(head, Adapted) else head
+    return product("BTD,VD->BTV", h_BTD.astype(compute.dtype), head_VD, dtype=jnp.float32)
 
 
 def unstack(model: Model, params: Tree, dtype: Any) -> Tree:
     """The tree with each stack as a tuple of per-layer dicts, in `dtype`: for decoding, where slicing costs every token."""
     stacks = {
-        stack: tuple({name: w[i].astype(dtype) for name, w in params[stack].items()} for i in range(len(layers)))
+        stack: tuple(cast(jax.tree.map(itemgetter(i), params[stack]), dtype) for i in range(len(layers)))
         for stack, layers in model.table.stacks.items()
     }
-    return {name: stacks[name] if name in stacks else weight.astype(dtype) for name, weight in params.items()}
+    return {name: stacks[name] if name in stacks else cast(weight, dtype) for name, weight in params.items()}
 
 
 def _laid_out(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -202,7 +207,11 @@ def _prepare(
 
 
 def _embed(model: Model, params: Tree, tokens_BT: jax.Array, compute: Compute) -> jax.Array:
-    embed_VD = fsdp.all_whole(params["embed"], split_axes(model.table)["embed"], compute.dtype).astype(compute.dtype)
+    axes = split_axes(model.table.only(["embed"]), params)["embed"]
+    embed = fsdp.all_whole(params["embed"], axes, compute.dtype)
+    if isinstance(embed, Adapted):
+        return constrain(rows(embed, tokens_BT, compute.dtype), "BTD")
+    embed_VD = embed.astype(compute.dtype)
     if not fsdp.by_hand():  # the partitioner has no efficient lookup in a table that is split both ways
         embed_VD = constrain(embed_VD, "VD")
     elif shards("V") > 1 and shards("T") > 1:  # the partitioner of jax 0.12 aborts on this lookup, split both ways by it
@@ -226,12 +235,12 @@ def _numbered(block: Block) -> Iterator[tuple[int, LayerKind]]:
 def _weights_of(model: Model, params: Tree, kind: LayerKind, number: int) -> Tree:
     """One layer's weights, from a stacked or an unstacked tree."""
     index, stack = model.table.stacks[kind.stack].index(number), params[kind.stack]
-    return stack[index] if isinstance(stack, tuple) else {name: weight[index] for name, weight in stack.items()}
+    return stack[index] if isinstance(stack, tuple) else jax.tree.map(itemgetter(index), stack)
 
 
 def _axes_of(axes: Tree, kind: LayerKind) -> Tree:
     """Along which axis one layer's weights are split; -1: not."""
-    return {name: max(axis - 1, -1) for name, axis in axes[kind.stack].items()}
+    return jax.tree.map(lambda axis: max(axis - 1, -1), axes[kind.stack])
 
 
 def _slices(model: Model, params: Tree, block: Block) -> tuple[Tree, ...]:
@@ -242,8 +251,9 @@ def _slices(model: Model, params: Tree, block: Block) -> tuple[Tree, ...]:
         first = sum(number < block.start for number in layers)
         end = first + each * block.repeats
         at = used[kind.stack]
-        whole = each == 1 and end - first == len(layers)
-        slices.append({name: w if whole else w[first + at : end : each] for name, w in params[kind.stack].items()})
+        is_whole = each == 1 and end - first == len(layers)
+        part = slice(first + at, end, each)
+        slices.append(params[kind.stack] if is_whole else jax.tree.map(itemgetter(part), params[kind.stack]))
         used[kind.stack] += 1
     return tuple(slices)
 

@@ -5,7 +5,7 @@ decoder compiles one period and scans it, however the kinds alternate.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from maxi.models.rope import Rope
@@ -59,6 +59,13 @@ class Model:
         spans = (min(layer.window or seq_len, seq_len) for layer in self.layers)
         mean_keys = sum(span - span * (span - 1) / (2 * seq_len) for span in spans)
         return 3 * (matmul_flops_per_token(self.table) + 4 * heads * mean_keys)
+
+
+def restacked(model: Model, table: Table) -> Model:
+    """The same model with its layers in the stacks of `table`."""
+    stack_of = {layer: stack for stack, layers in table.stacks.items() for layer in layers}
+    layers = tuple(replace(kind, stack=stack_of[number]) for number, kind in enumerate(model.layers))
+    return replace(model, table=table, layers=layers)
 
 
 def blocks(layers: tuple[LayerKind, ...]) -> tuple[Block, ...]:

@@ -64,7 +64,7 @@ def main(devices: int) -> None:
             return jax.block_until_ready((built.new_state(new(jax.random.key(0))), steps.put(rows, built.devices)))
 
     state, batch = first()
-    done = aot.compile_step(built, state, batch)
+    done = aot.compile_step(built, state, batch, {})
     jax.block_until_ready(done.executable(state, batch))
     del state, batch
     before = _settle()

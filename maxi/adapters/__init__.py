@@ -1,0 +1,176 @@
+"""What of a model is trained, and what stays: full fine-tuning, parts of it, or an adapter beside it.
+
+    weight.py      a frozen weight with something learned beside it, and how a projection applies it
+    lora.py        LoRA, rsLoRA, LoRA+, PiSSA, DoRA
+    ia3.py         (IA)3
+    quantised.py   frozen weights in 4 or 8 bits
+    partial.py     some of the model's own weights
+    targets.py     which weights
+
+A `Tuning` is a transform of the base's table: `table` is what is trained, and all that follows from a table (first values,
+shardings, decay, the optimizer's state, checkpoints) follows from that one. The base is beside it: no optimizer state, no
+gradient, no copy. `join` puts both together into the tree that the decoder reads, without computing anything.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from maxi.adapters.ia3 import IA3
+from maxi.adapters.lora import Lora
+from maxi.adapters.partial import Partial
+from maxi.adapters.quantised import Quantised, block_of
+from maxi.adapters.targets import chosen, projections
+from maxi.adapters.weights import START, OnWeights
+from maxi.errors import ConfigError
+from maxi.params import Param, Table, Tree, abstract, get, shardings
+from maxi.sharding import axes_of, weight_spec
+
+__all__ = ["Full", "OnWeights", "Partial", "Tuning", "build", "frozen_shardings"]
+
+
+class Tuning(Protocol):
+    """See the module. Trees named `frozen` are what `fix` made of the base."""
+
+    @property
+    def table(self) -> Table:
+        """What is trained."""
+        ...
+
+    @property
+    def whole(self) -> Table:
+        """The model's own weights, as its layers read them."""
+        ...
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether there is a base that stays, which every start has to read."""
+        ...
+
+    @property
+    def needs_noise(self) -> bool:
+        """Whether a training step needs noise."""
+        ...
+
+    @property
+    def keeps_start(self) -> bool:
+        """Whether what is frozen holds the adapter's first values too."""
+        ...
+
+    @property
+    def base(self) -> Table:
+        """The model's own weights, as they are read and exported."""
+        ...
+
+    def first(self, key: jax.Array, base: Tree) -> Tree:
+        """First values of what is trained."""
+        ...
+
+    def fix(self, base: Tree) -> Tree:
+        """What stays of the base, as it is kept while training."""
+        ...
+
+    def join(self, params: Tree, frozen: Tree, noise: Any = None) -> Tree:
+        """The tree that the decoder reads; noise uint32 [B, 2], the keys of the rows, in a training step that needs it."""
+        ...
+
+    def merged(self, params: Tree, frozen: Tree) -> Tree:
+        """Weights of the base's table in which what was learned is part of them."""
+        ...
+
+    def off(self, first: Callable[[], Tree], frozen: Tree) -> Tree:
+        """The tree before anything was learned, which preferences are compared with; `first` gives the first values."""
+        ...
+
+
+@dataclass(frozen=True)
+class Full:
+    """Everything is trained. See `Tuning`."""
+
+    base: Table
+
+    needs_base = False
+    needs_noise = False
+    keeps_start = False
+
+    @property
+    def table(self) -> Table:
+        return self.base
+
+    @property
+    def whole(self) -> Table:
+        return self.base
+
+    def first(self, key: jax.Array, base: Tree) -> Tree:
+        del key
+        return base
+
+    def fix(self, base: Tree) -> Tree:
+        del base
+        return {}
+
+    def join(self, params: Tree, frozen: Tree, noise: Any = None) -> Tree:
+        del frozen, noise
+        return params
+
+    def merged(self, params: Tree, frozen: Tree) -> Tree:
+        del frozen
+        return params
+
+    def off(self, first: Callable[[], Tree], frozen: Tree) -> Tree:
+        del frozen
+        return first()
+
+
+def build(
+    base: Table,
+    freeze: Sequence[str] = (),
+    *,
+    kind: str = "none",
+    targets: Sequence[str] | str = "all",
+    quantise: str = "none",
+    dtype: Any = jnp.float32,
+    init_from: str | None = None,
+    **options: Any,
+) -> Tuning:
+    """The tuning that the sections `adapter` and `freeze` ask for; `dtype` is that of the computation. Raises ConfigError."""
+    del init_from  # says which values it begins with, not what it is
+    if freeze:
+        return Partial(base, tuple(freeze))
+    if kind == "none":
+        return Full(base)
+    paths = chosen(base, [targets] if isinstance(targets, str) else targets, "adapter.targets")
+    if quantise != "none" and (odd := [path for path in projections(base) if block_of(base.shape(path)[-1]) is None]):
+        what = f"{odd[0]} cannot be quantised, its last dimension is {base.shape(odd[0])[-1]}"
+        raise ConfigError(what, "adapter.quantise", "set it to none")
+    made = {"lora": Lora, "ia3": IA3}[kind](**options)
+    return OnWeights(base, paths, made, dtype, None if quantise == "none" else quantise)  # type: ignore[arg-type]
+
+
+def frozen_shardings(tuning: Tuning, mesh: Mesh) -> Tree:
+    """The tree of `NamedSharding`s of what `fix` gives: each weight as its table says, whatever it is kept as."""
+    stay = tuning.whole.only([path for path in tuning.whole.params if path not in tuning.table.params])
+    kept = jax.eval_shape(tuning.fix, abstract(tuning.base))
+
+    def where(path: str, param: Param) -> Any:
+        leaf, spec = get(kept, path), NamedSharding(mesh, weight_spec(param.dims, stay.sizes, mesh))
+        if not isinstance(leaf, Quantised):
+            return spec
+        for shape in (leaf.codes.shape, leaf.scales.shape):
+            if any(size % parts for size, parts in zip(shape, _parts(spec), strict=True)):
+                what = f"{path}, quantised, does not divide over the mesh"
+                raise ConfigError(what, "mesh", "split it less, or set adapter.quantise to none")
+        alone = NamedSharding(mesh, PartitionSpec())
+        return replace(leaf, codes=spec, scales=spec, group_scales=alone, mean=alone)
+
+    return stay.map(where) | ({START: shardings(tuning.table, mesh)} if tuning.keeps_start else {})
+
+
+def _parts(spec: NamedSharding) -> list[int]:
+    """Into how many parts each dimension is split."""
+    return [math.prod(spec.mesh.shape[axis] for axis in axes_of(entry)) for entry in spec.spec]
