@@ -85,7 +85,7 @@ def test_a_run_that_went_on_is_the_undisturbed_one(run: Path, home: Path, tmp_pa
     assert losses[-1] < losses[0] - 0.1
     saved = sum(file.stat().st_size for file in (run / "checkpoints").rglob("*") if file.is_file())
     whole = sum(value.nbytes for value in load_file(home / "base" / "model.safetensors").values())
-    assert saved < whole  # two checkpoints with optimizer states; of full fine-tuning six times the weights
+    assert saved < 2 * whole  # two checkpoints with optimizer states and manifests; of full fine-tuning six times the weights
 
 
 def test_both_exports_are_the_run(run: Path, home: Path, tmp_path: Path) -> None:
