@@ -186,9 +186,9 @@ def test_a_step_is_verified_bit_for_bit(train: Maxi, run: Path, monkeypatch: pyt
     def wrong_once(program: Program) -> Any:
         take, calls = made(program), []
 
-        def step(state: Any, batch: Any) -> Any:
+        def step(state: Any, batch: Any, frozen: Any) -> Any:
             calls.append(1)
-            state, metrics = take(state, batch)
+            state, metrics = take(state, batch, frozen)
             if len(calls) != 3:
                 return state, metrics
             weight = state.params["embed"]

@@ -82,9 +82,8 @@ def test_a_step_is_that_of_peft_and_adamw(case: str, tmp_path: Path) -> None:
     matrices = [weight for name, weight in trained if "magnitude" not in name]
     vectors = [weight for name, weight in trained if "magnitude" in name]
     groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(
-        groups, lr=rate, betas=(0.9, 0.95), eps=1e-6
-    )  # at 1e-8 a gradient of nearly nothing decides a whole step
+    # with eps 1e-8 a gradient that is next to nothing, and so its rounding, decides a whole step
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), eps=1e-6)
     loss = both.theirs(ids, labels=ids).loss
     loss.backward()
     optimizer.step()

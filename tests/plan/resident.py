@@ -65,12 +65,12 @@ def main(devices: int) -> None:
 
     state, batch = first()
     done = aot.compile_step(built, state, batch, {})
-    jax.block_until_ready(done.executable(state, batch))
+    jax.block_until_ready(done.executable(state, batch, {}))
     del state, batch
     before = _settle()
     state, batch = first()
     _settle()
-    after = jax.block_until_ready(done.executable(state, batch))
+    after = jax.block_until_ready(done.executable(state, batch, {}))
     del after
     print(json.dumps({"measured": _status("VmHWM") - before, "said": devices * allocated(done.memory)}))
 
