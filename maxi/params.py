@@ -199,7 +199,7 @@ def fingerprint(params: Tree) -> str:
     sha = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         sha.update(f"{jax.tree_util.keystr(path)} {leaf.dtype}{leaf.shape}".encode())
-        sha.update(fetch(leaf).tobytes())
+        sha.update(fetch(leaf).reshape(-1).view("uint8").data)
     return sha.hexdigest()
 
 

@@ -2,18 +2,20 @@
 in memory. Of what trained an adapter beside a base, or part of it, the base is read from where the run took it, and the
 result is whole: weights of the base's shapes with what was learned in them."""
 
+import hashlib
 import logging
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from maxi import adapters, hf
+from maxi import adapters, hf, processes
 from maxi.adapters import Tuning
 from maxi.adapters.weights import START
 from maxi.checkpoint import Checkpoints, abstract_state
@@ -26,6 +28,7 @@ from maxi.models import Model, from_hf_config
 from maxi.params import Tree, abstract, fingerprint, get, shardings
 from maxi.paths import read_file
 from maxi.run import Run, remember, remembered
+from maxi.sharding import fetch
 
 log = logging.getLogger("maxi")
 
@@ -106,18 +109,33 @@ def open_trained(path: str | Path, step: int | None = None, mesh: Mesh | None = 
     where = shardings(tuning.table, mesh) if mesh else tuning.table.map(lambda *_: one)
     params = checkpoints.restore_weights(found, abstract_state(abstract(tuning.table), where))
     checkpoints.close()
-    frozen = fixed(tuning, open_base(config.model.init_from, run, mesh), run, mesh) if tuning.needs_base else {}
-    return Trained(model, tuning, params, frozen)
+    return Trained(model, tuning, params, open_frozen(tuning, config.model.init_from, run, mesh))
 
 
-def open_base(init_from: str | None, run: Run, mesh: Mesh | None = None) -> Tree:
-    """The weights that a run keeps beside what it trains, float32; a run remembers which they are.
+def open_frozen(tuning: Tuning, init_from: str | None, run: Run, mesh: Mesh | None = None) -> Tree:
+    """What stayed of the base of a run that has begun. Raises as `open_base` does."""
+    if not tuning.needs_base:
+        return {}
+    return with_start(tuning, tuning.fix(open_base(init_from, run, mesh, tuning.keep)), run, mesh)
+
+
+def open_base(
+    init_from: str | None, run: Run, mesh: Mesh | None = None, each: Callable[[str, jax.Array], Any] | None = None
+) -> Tree:
+    """The weights that a run keeps beside what it trains, float32, or what `each(path, weight)` makes of them one by one; a run
+    remembers which they are.
 
     Raises ModelFolderError when they are gone or not the same any more.
     """
     assert init_from is not None
-    base = open_model(init_from, mesh=mesh).params
-    known, found = remembered(run, "base"), fingerprint(base)
+    prints: dict[str, str] = {}
+
+    def seen(path: str, weight: jax.Array) -> Any:
+        prints[path] = fingerprint({path: weight})
+        return weight if each is None else each(path, weight)
+
+    base = _open_each(init_from, mesh, seen)
+    known, found = remembered(run, "base"), hashlib.sha256(repr(sorted(prints.items())).encode()).hexdigest()
     if known is not None and known != found:
         what = f"{init_from} is not the base any more that this run was trained on"
         raise ModelFolderError(what, str(run.folder), "restore it")
@@ -125,17 +143,32 @@ def open_base(init_from: str | None, run: Run, mesh: Mesh | None = None) -> Tree
     return base
 
 
-def fixed(tuning: Tuning, base: Tree, run: Run, mesh: Mesh | None = None, first: Tree | None = None) -> Tree:
-    """What of the base stays beside what is trained. `first` are first values, kept in the run where they are needed later."""
-    frozen = tuning.fix(base)
+def _open_each(path: str, mesh: Mesh | None, each: Callable[[str, jax.Array], Any]) -> Tree:
+    """`open_model`'s weights, float32, passed through `each`; those of a folder are read one by one."""
+    if not Run.is_run(path) and not peft.is_adapter(path):
+        return hf.read(model_folder(path), dtype="float32", mesh=mesh, each=each)[1]
+    opened = open_model(path, mesh=mesh)
+    return opened.model.table.map(lambda name, _: each(name, get(opened.params, name)))
+
+
+def with_start(tuning: Tuning, frozen: Tree, run: Run, mesh: Mesh | None = None, first: Tree | None = None) -> Tree:
+    """What `fix` gave, on its devices, and the first values that stay with it; `first` are those of a run that begins, which
+    keeps them."""
     if tuning.keeps_start:
         if first is not None:
-            flat = {path: np.asarray(get(first, path)) for path in tuning.table.params}
-            aside = run.start.with_suffix(".partial")
-            save_file(flat, aside)
-            aside.replace(run.start)
-        flat = load_file(run.start)
-        frozen = {**frozen, START: tuning.table.map(lambda path, _: jnp.asarray(flat[path]))}
+            flat = {path: fetch(get(first, path)) for path in tuning.table.params}
+            if processes.is_first():
+                aside = run.start.with_suffix(".partial")
+                save_file(flat, aside)
+                aside.replace(run.start)
+            processes.barrier()
+        try:
+            flat = load_file(run.start)
+            start = tuning.table.map(lambda path, _: flat[path])
+        except (OSError, KeyError, SafetensorError):
+            fix = "restore it from a copy, or set another run_dir"
+            raise ModelFolderError("what the adapter started from is lost", str(run.start), fix) from None
+        frozen = {**frozen, START: start if mesh else jax.tree.map(jnp.asarray, start)}
     return jax.device_put(frozen, adapters.frozen_shardings(tuning, mesh)) if mesh else frozen
 
 

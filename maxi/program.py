@@ -134,7 +134,7 @@ def build(
 
     Raises ConfigError for an adapter or patterns that do not fit the model.
     """
-    chosen = choose_compute(compute, model)
+    chosen = choose_compute(compute, model, getattr(adapter, "quantise", "none") != "none")
     tuning = adapters.build(model.table, freeze, dtype=chosen.dtype, **asdict(adapter))
     rate = optim.schedule(optimizer, total)
     update = optim.optimizer(optimizer, tuning.table, rate)
@@ -177,11 +177,12 @@ def _is_schedule(node: Any) -> bool:
     return isinstance(node, optax.ScaleByScheduleState)
 
 
-def choose_compute(wanted: ComputeConfig, model: Model) -> Compute:
-    """The compute section, every `auto` decided by what the program is compiled for."""
+def choose_compute(wanted: ComputeConfig, model: Model, sparing: bool = False) -> Compute:
+    """The compute section, every `auto` decided by what the program is compiled for; `sparing`: memory counts for more than
+    time, as where weights are quantised."""
     on_cpu = platform() == "cpu"
     auto = jnp.float32 if on_cpu else jnp.bfloat16
     dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "auto": auto}[wanted.dtype]
-    remat = wanted.remat if wanted.remat != "auto" else "none" if on_cpu else "full"
+    remat = wanted.remat if wanted.remat != "auto" else "none" if on_cpu and not sparing else "full"
     unroll = wanted.layers == "unroll" or (wanted.layers == "auto" and on_cpu and len(model.layers) <= UNROLL_AT_MOST)
     return Compute(dtype, remat, unroll, wanted.attention, wanted.head)

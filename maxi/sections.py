@@ -312,7 +312,8 @@ class ComputeConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of activations and matmul operands; auto: bfloat16 on accelerators, float32 on CPU. Masters stay float32."""
     remat: Literal["auto", "none", "dots", "full"] = "auto"
-    """What the backward pass recomputes: nothing, all but matmuls, or every layer whole; auto: nothing on CPU, else full."""
+    """What the backward pass recomputes: nothing, all but matmuls, or every layer whole; auto: nothing on CPU, unless
+    adapter.quantise is set, else full."""
     layers: Literal["auto", "scan", "unroll"] = "auto"
     """Compile one layer and scan it, or every layer by itself; auto: unroll up to 12 layers on CPU, else scan."""
     attention: Literal["auto", "tpu", "gpu", "blockwise", "ring", "reference", "cudnn"] = "auto"

@@ -27,28 +27,23 @@ def finished_adapter(config: Config, model: Model) -> peft.Settings | None:
     return settings
 
 
-def frozen(config: Config, program: Program, run: Run) -> Tree:
-    """What stays of the base beside what is trained, for a run that goes on."""
-    if not program.tuning.needs_base:
-        return {}
-    return pretrained.fixed(program.tuning, _base(config, program, run), run, program.devices)
-
-
 def first_values(config: Config, program: Program, run: Run, adapter: peft.Settings | None) -> tuple[Tree, Tree]:
     """First values of what is trained, those of a finished `adapter` where there is one; and what stays beside them."""
-    tuning, base = program.tuning, _base(config, program, run)
+    tuning, key = program.tuning, jax.random.key(config.seed)
+    if not tuning.needs_base:
+        return tuning.first(key, _full(config, program)), {}
+    as_read = tuning.starts_from_base and adapter is None
+    base = pretrained.open_base(config.model.init_from, run, program.devices, None if as_read else tuning.keep)
     if adapter is None:
-        first = tuning.first(jax.random.key(config.seed), base)
+        first = tuning.first(key, base)
     else:
         assert isinstance(tuning, OnWeights)
-        first = peft.read(adapter, tuning)
-    return first, pretrained.fixed(tuning, base, run, program.devices, first) if tuning.needs_base else {}
+        first = jax.device_put(peft.read(adapter, tuning), program.where.params)
+    return first, pretrained.with_start(tuning, tuning.fix(base), run, program.devices, first)
 
 
-def _base(config: Config, program: Program, run: Run) -> Tree:
-    """The weights that stay, or those that full fine-tuning starts from."""
-    if program.tuning.needs_base:
-        return pretrained.open_base(config.model.init_from, run, program.devices)
+def _full(config: Config, program: Program) -> Tree:
+    """The weights that full fine-tuning starts from."""
     if config.model.init_from:
         return pretrained.open_model(config.model.init_from, mesh=program.devices).params
     new = jax.jit(partial(init, program.model.table), out_shardings=program.where.params)

@@ -135,7 +135,7 @@ def verify(config: Config, number: int) -> None:
     with StopRequest(config.checkpoint.grace, config.run_dir), claim(config) as run, processes.together():
         job = _prepare(rewind.settle(run, config, None), run, AS_BEFORE)
         with jax.set_mesh(job.devices), closing(Checkpoints(run.checkpoints, read_only=True)) as checkpoints:
-            frozen = starting.frozen(config, job.program, run)
+            frozen = pretrained.open_frozen(job.program.tuning, config.model.init_from, run, job.devices)
             if job.objective.needs_reference:
                 _attach_reference(job, frozen, None)
             share = steps.share(job.devices)
@@ -191,7 +191,7 @@ def _begin(job: Job, checkpoints: Checkpoints, resume: Resume) -> tuple[State, T
         job.run.exported.unlink()
     if saved:
         log.info("state: resumed from step %d of %d%s", start, job.total, ", all done" if start >= job.total else "")
-        frozen = starting.frozen(config, job.program, job.run)
+        frozen = pretrained.open_frozen(job.program.tuning, config.model.init_from, job.run, job.devices)
         if resume.reset_optimizer and reset_at(job.run, config, start):
             log.info("state: new optimizer from step %d on", start)
             parts = checkpoints.restore_but_optimizer(start, job.program.abstract_state())

@@ -53,6 +53,11 @@ class Tuning(Protocol):
         ...
 
     @property
+    def starts_from_base(self) -> bool:
+        """Whether first values come from the base's weights as they are read."""
+        ...
+
+    @property
     def needs_noise(self) -> bool:
         """Whether a training step needs noise."""
         ...
@@ -71,8 +76,12 @@ class Tuning(Protocol):
         """First values of what is trained."""
         ...
 
+    def keep(self, path: str, weight: Any) -> Any:
+        """A weight of the base as it is kept while training; one that is kept already stays as it is."""
+        ...
+
     def fix(self, base: Tree) -> Tree:
-        """What stays of the base, as it is kept while training."""
+        """What stays of the base, from its weights as they were read or as `keep` made them."""
         ...
 
     def join(self, params: Tree, frozen: Tree, noise: Any = None) -> Tree:
@@ -95,6 +104,7 @@ class Full:
     base: Table
 
     needs_base = False
+    starts_from_base = True
     needs_noise = False
     keeps_start = False
 
@@ -109,6 +119,10 @@ class Full:
     def first(self, key: jax.Array, base: Tree) -> Tree:
         del key
         return base
+
+    def keep(self, path: str, weight: Any) -> Any:
+        del path
+        return weight
 
     def fix(self, base: Tree) -> Tree:
         del base

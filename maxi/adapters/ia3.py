@@ -23,6 +23,7 @@ class IA3:
     """One factor for each output, or input, of a weight."""
 
     takes_embeddings = False
+    starts_from_base = False
 
     def sizes(self) -> dict[str, int]:
         return {}
@@ -37,7 +38,7 @@ class IA3:
         name, layout = ("into", f"1 {group}") if of_inputs else ("out", f"{group} 1")
         return {name: Param(f"{depth}{letters}", f"{PREFIX}{module}.ia3_l", layout, "ones")}
 
-    def start(self, path: str, param: Param, base: jax.Array, parts: Parts) -> Parts:
+    def start(self, path: str, param: Param, base: Any, parts: Parts) -> Parts:
         del path, param, base
         return parts
 

@@ -44,6 +44,10 @@ class Lora:
     def takes_embeddings(self) -> bool:
         return not self.dora
 
+    @property
+    def starts_from_base(self) -> bool:
+        return self.dora or self.init == "pissa"
+
     def sizes(self) -> dict[str, int]:
         return {"R": self.rank}
 
@@ -61,7 +65,7 @@ class Lora:
             parts["m"] = Param(f"{depth}{outputs}", f"{module}.lora_magnitude_vector", out, "ones")
         return parts
 
-    def start(self, path: str, param: Param, base: jax.Array, parts: Parts) -> Parts:
+    def start(self, path: str, param: Param, base: Any, parts: Parts) -> Parts:
         if self.init == "pissa":
             parts = {**parts, **self._principal(path, param, base, parts)}
         if self.dora:

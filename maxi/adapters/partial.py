@@ -23,6 +23,7 @@ class Partial:
     freeze: tuple[str, ...]
 
     needs_base = True
+    starts_from_base = True
     needs_noise = False
     keeps_start = False
 
@@ -70,6 +71,10 @@ class Partial:
     def first(self, key: jax.Array, base: Tree) -> Tree:
         del key
         return self.table.map(lambda path, _: self._part(base, path))
+
+    def keep(self, path: str, weight: Any) -> Any:
+        del path
+        return weight
 
     def fix(self, base: Tree) -> Tree:
         stay = self.whole.only([path for path in self.whole.params if self._stays(path)])

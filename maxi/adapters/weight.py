@@ -33,12 +33,17 @@ class Kind(Protocol):
         """What is learned beside the weight at `path`, by name."""
         ...
 
+    @property
+    def starts_from_base(self) -> bool:
+        """Whether `start` reads the weight."""
+        ...
+
     def sizes(self) -> dict[str, int]:
         """Sizes of the letters that are the adapter's own."""
         ...
 
-    def start(self, path: str, param: Param, base: jax.Array, parts: Parts) -> Parts:
-        """First values, from the weight [L, ...] and those that the table would give."""
+    def start(self, path: str, param: Param, base: Any, parts: Parts) -> Parts:
+        """First values, from the weight [L, ...] (None where it is not read) and those that the table would give."""
         ...
 
     def linear(self, pattern: str, x: jax.Array, base: Any, parts: Parts) -> jax.Array:

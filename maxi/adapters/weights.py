@@ -47,6 +47,10 @@ class OnWeights:
         return bool(getattr(self.kind, "dropout", 0))
 
     @property
+    def starts_from_base(self) -> bool:
+        return self.kind.starts_from_base
+
+    @property
     def keeps_start(self) -> bool:
         return getattr(self.kind, "init", None) == "pissa"
 
@@ -63,21 +67,20 @@ class OnWeights:
         def make(key: jax.Array, weights: dict[str, Any]) -> Tree:
             tree = init(self.table, key)
             for path, param in self._targets():
-                tree = put(tree, path, self.kind.start(path, param, weights[path], get(tree, path)))
+                tree = put(tree, path, self.kind.start(path, param, weights.get(path), get(tree, path)))
             return tree
 
-        return jax.jit(make)(key, {path: get(base, path) for path in self.targets})
+        return jax.jit(make)(key, {path: get(base, path) for path in self.targets if self.starts_from_base})
+
+    def keep(self, path: str, weight: Any) -> Any:
+        """Matrices in their dtype, those of the layers in `precision`; norms and biases as they are."""
+        param = self.base.params[path]
+        if isinstance(weight, Quantised) or not param.is_matrix:
+            return weight
+        return _quantised(weight, self.precision) if self.precision and param.stacked else weight.astype(self.dtype)
 
     def fix(self, base: Tree) -> Tree:
-        """Matrices in their dtype, those of the layers in `precision`; norms and biases as they are."""
-        kept: Tree = {}
-        for path, param in self.base.params.items():
-            weight = get(base, path)
-            if self.precision and param.is_matrix and param.stacked:
-                kept = put(kept, path, _quantised(weight, self.precision))
-            else:
-                kept = put(kept, path, weight.astype(self.dtype) if param.is_matrix else weight)
-        return kept
+        return self.base.map(lambda path, _: self.keep(path, get(base, path)))
 
     def join(self, params: Tree, frozen: Tree, noise: Any = None) -> Tree:
         tree, start = _base_of(frozen), frozen.get(START)

@@ -5,7 +5,7 @@ read. Then one tensor at a time is mapped from its file, brought into our layout
 stack is allocated on the devices and filled layer by layer. The host never holds more than a couple of tensors.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,11 @@ def read_config(folder: str | Path) -> Model:
     return from_hf_config(read_json(folder, CONFIG), str(folder / CONFIG))
 
 
-def read(folder: str | Path, *, dtype: Any = None, mesh: Mesh | None = None) -> tuple[Model, Tree]:
-    """The model and its weights, in the shapes of `model.table`.
+def read(
+    folder: str | Path, *, dtype: Any = None, mesh: Mesh | None = None, each: Callable[[str, jax.Array], Any] | None = None
+) -> tuple[Model, Tree]:
+    """The model and its weights, in the shapes of `model.table`; or what `each(path, weight)` makes of every weight as soon as
+    it is read, so that they need never be in memory all together.
 
     `dtype` (float32, bfloat16, float16) casts on the way; None keeps each weight as it is stored. With `mesh` weights
     are sharded as the table says, and each process reads only its own part.
@@ -54,8 +57,12 @@ def read(folder: str | Path, *, dtype: Any = None, mesh: Mesh | None = None) -> 
         layers.setdefault(path, []).append(stored[name])
     if wanted is None:
         _check_one_dtype(layers.values(), folder)
-    read_leaf = partial(_leaf, table, layers, wanted)
-    return model, table.map(lambda path, _: read_leaf(path, get(targets, path) if targets else where))
+
+    def made(path: str, _: Any) -> Any:
+        weight = _leaf(table, layers, wanted, path, get(targets, path) if targets else where)
+        return weight if each is None else each(path, weight)
+
+    return model, table.map(made)
 
 
 def float_dtype(dtype: Any) -> np.dtype:

@@ -137,7 +137,7 @@ def read(settings: Settings, tuning: OnWeights) -> Tree:
     gaps = [name for name, _, _ in table.hf_tensors() if name not in settings.stored]
     if gaps and getattr(kind, "dora", False):
         raise ModelFolderError(f"{gaps[0]} is missing", str(settings.folder), "it is read for all layers or none")
-    return table.map(lambda path, _: jnp.asarray(get(tree, path)))
+    return tree
 
 
 def _fitting(settings: Settings, tensor: Stored, table: Table, path: str) -> np.ndarray:

@@ -304,8 +304,13 @@ def _layer(
     h_BTD = rms_norm(x_BTD, w["mlp_norm"], model.norm_eps)
     gate_BTF = _bias(linear("BTD,DF->BTF", h_BTD, w["w_gate"]), w.get("b_gate"))
     up_BTF = _bias(linear("BTD,DF->BTF", h_BTD, w["w_up"]), w.get("b_up"))
-    m_BTD = linear("BTF,FD->BTD", swiglu(gate_BTF, up_BTF), w["w_down"])
+    m_BTD = (jax.checkpoint(_down) if isinstance(w["w_down"], Adapted) else _down)(gate_BTF, up_BTF, w["w_down"])
     return x_BTD + _bias(m_BTD, w.get("b_down")), kept
+
+
+def _down(gate_BTF: jax.Array, up_BTF: jax.Array, w_down: Any) -> jax.Array:
+    """The MLP's second half. Beside a frozen weight only the adapter needs what is between, which is computed again instead."""
+    return linear("BTF,FD->BTD", swiglu(gate_BTF, up_BTF), w_down)
 
 
 def _attend(
