@@ -75,6 +75,10 @@ class Program:
             noise=self.seed if self.tuning.needs_noise else None,
         )
 
+    def train_flops_per_token(self, width: int) -> float:
+        """See `Model.train_flops_per_token`, less what frozen weights spare."""
+        return self.model.train_flops_per_token(width) - adapters.spared_flops(self.tuning)
+
     def new_state(self, params: Any) -> State:
         """The state before the first step."""
         return steps.new_state(params, self.optimizer, self.where, bool(self.ema), self.spikes)

@@ -387,7 +387,8 @@ def _announce(job: Job) -> None:
     )
     if job.program.tuning.needs_base:
         trained = count(job.program.tuning.table)
-        log.info("trained: %s of them (%.2f %%), %s", f"{trained:,}", 100 * trained / count(model.table), config.adapter.kind)
+        share = 100 * trained / count(model.table)
+        log.info("trained: %s parameters (%.2f %% as many), %s", f"{trained:,}", share, job.program.tuning.about)
     log.info("compute: %s, remat %s", jnp.dtype(compute.dtype).name, compute.remat)
     size = f"{config.batch_size} x {job.batches.width} tokens in {config.micro_batches} micro-batches"
     each = f" (about {config.batch_size * job.batches.items / rows:.0f} items)" if job.objective.rows != "documents" else ""
@@ -410,7 +411,7 @@ def _keep_model_files(run: Run, config: Config, model: Model, tokenizer: Tokeniz
 
 def _recorder(job: Job, start: int, events: Events) -> Recorder:
     peak = mesh.peak_flops(job.devices)
-    flops = job.model.train_flops_per_token(job.batches.width)
+    flops = job.program.train_flops_per_token(job.batches.width)
     return Recorder(
         job.run.folder,
         job.config.log,

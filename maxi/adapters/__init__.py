@@ -28,14 +28,19 @@ from maxi.adapters.quantised import Quantised, block_of
 from maxi.adapters.targets import chosen, projections
 from maxi.adapters.weights import START, OnWeights
 from maxi.errors import ConfigError
-from maxi.params import Param, Table, Tree, abstract, get, shardings
+from maxi.params import Param, Table, Tree, abstract, get, matmul_flops_per_token, shardings
 from maxi.sharding import axes_of, weight_spec
 
-__all__ = ["Full", "OnWeights", "Partial", "Tuning", "build", "frozen_shardings"]
+__all__ = ["Full", "OnWeights", "Partial", "Tuning", "build", "frozen_bytes", "frozen_shardings", "spared_flops"]
 
 
 class Tuning(Protocol):
     """See the module. Trees named `frozen` are what `fix` made of the base."""
+
+    @property
+    def about(self) -> str:
+        """What it is, in a few words."""
+        ...
 
     @property
     def table(self) -> Table:
@@ -104,6 +109,7 @@ class Full:
     base: Table
 
     needs_base = False
+    about = "all weights"
     starts_from_base = True
     needs_noise = False
     keeps_start = False
@@ -164,6 +170,25 @@ def build(
         raise ConfigError(what, "adapter.quantise", "set it to none")
     made = {"lora": Lora, "ia3": IA3}[kind](**options)
     return OnWeights(base, paths, made, dtype, None if quantise == "none" else quantise)  # type: ignore[arg-type]
+
+
+def spared_flops(tuning: Tuning) -> int:
+    """FLOPs a token by which a step takes less than one that trains the model whole: a frozen weight needs no gradient of its
+    own, as much as its forward pass; what is beside the weights takes three of its passes."""
+    whole, trained = tuning.whole, tuning.table
+    looked_up = {"embed"} if "lm_head" in whole.params else set()
+    stay = [path for path in whole.params if path not in trained.params and path not in looked_up]
+    beside = [path for path in trained.params if path not in whole.params]
+    return matmul_flops_per_token(whole.only(stay)) - 3 * matmul_flops_per_token(trained.only(beside))
+
+
+def frozen_bytes(tuning: Tuning) -> dict[str, int]:
+    """Weight -> the bytes of what is kept of it beside the trained ones."""
+    kept, found = jax.eval_shape(tuning.fix, abstract(tuning.base)), {}
+    for path in tuning.whole.params:
+        if path not in tuning.table.params:
+            found[path] = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(get(kept, path)))
+    return found
 
 
 def frozen_shardings(tuning: Tuning, mesh: Mesh) -> Tree:

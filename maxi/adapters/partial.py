@@ -23,6 +23,7 @@ class Partial:
     freeze: tuple[str, ...]
 
     needs_base = True
+    about = "all but those that freeze names"
     starts_from_base = True
     needs_noise = False
     keeps_start = False

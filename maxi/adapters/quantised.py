@@ -87,6 +87,6 @@ def _quantise(weight: jax.Array, precision: Precision) -> Quantised:
     shares = jnp.clip(jnp.where(unit == 0, 0, weight / jnp.where(unit == 0, 1, unit)), -1, 1)
     if precision == "int8":
         return Quantised(jnp.round(shares * 127).astype(jnp.int8), scales, group_scales, mean, "int8")
-    middles = jnp.asarray([(low + high) / 2 for low, high in pairwise(NF4)], jnp.float32)
-    codes = jnp.searchsorted(middles, shares).astype(jnp.uint8).reshape(*shares.shape[:-1], -1, 2)
+    over = [shares > np.float32((low + high) / 2) for low, high in pairwise(NF4)]  # a search is ten times as slow on CPU
+    codes = sum(one.astype(jnp.uint8) for one in over).reshape(*shares.shape[:-1], -1, 2)  # type: ignore[union-attr]
     return Quantised(codes[..., 0] | codes[..., 1] << 4, scales, group_scales, mean, "nf4")

@@ -39,6 +39,12 @@ class OnWeights:
             raise ConfigError(f"{names} can only be a target of plain LoRA", "adapter.targets", "leave it out")
 
     @property
+    def about(self) -> str:
+        names = dict.fromkeys(module(self.base, path) for path in self.targets)
+        base = f"weights in {self.precision}" if self.precision else "frozen weights"
+        return f"{type(self.kind).__name__} beside {base}: {', '.join(names)}"
+
+    @property
     def whole(self) -> Table:
         return self.base
 

@@ -73,6 +73,7 @@ def _about(config: Config, built: Program, document_tokens: int) -> dict[str, An
         "mesh": dict(built.devices.shape),
         "family": model.family,
         "parameters": count(model.table),
+        "trained_parameters": count(built.tuning.table),
         "objective": config.objective.name,
         "batch_size": config.batch_size,
         "seq_len": config.seq_len,
@@ -84,6 +85,8 @@ def _about(config: Config, built: Program, document_tokens: int) -> dict[str, An
     print(f"devices: {mesh.describe(built.devices)}")
     layers = f"{len(model.layers)} layers ({'unrolled' if compute.unroll else 'scanned'})"
     print(f"model: {model.family}, {report['parameters']:,} parameters, {layers}, vocabulary {model.vocab_size:,}")
+    if built.tuning.needs_base:
+        print(f"trained: {report['trained_parameters']:,} parameters, {built.tuning.about}")
     print(f"compute: {report['dtype']}, remat {compute.remat}, {config.optim.name}")
     size = f"{config.batch_size} rows of {config.seq_len} in {config.micro_batches} micro-batches"
     print(f"batch: {size}, made up for {config.objective.name}, items of {document_tokens} tokens on average")
@@ -149,7 +152,7 @@ def _new(built: Program, seed: int) -> tuple[Any, Any]:
 def _speed(config: Config, built: Program, timing: Timing, tokens: float) -> dict[str, Any]:
     width = 2 * config.seq_len if built.objective.rows in ("preferences", "labels") else config.seq_len
     tokens_per_s, peak = tokens / timing.median, mesh.peak_flops(built.devices)
-    mfu = tokens_per_s * built.model.train_flops_per_token(width) / peak if peak else None
+    mfu = tokens_per_s * built.train_flops_per_token(width) / peak if peak else None
     used, whose = mesh.memory_in_use(built.devices), "a device"
     if used is None:
         used, whose = process_memory(), "the process"

@@ -46,7 +46,7 @@ class Memory:
 def memory(work: Work, layout: Layout) -> Memory:
     """Of a layout that `Work.check` has let pass."""
     table, held = work.model.table, work.held(layout)
-    parameters, state = STATE_BYTES * held.parameters, STATE_BYTES * held.state
+    trained, state = STATE_BYTES * held.parameters, STATE_BYTES * held.state
     kept = len(work.model.layers) * layer_elements(work, layout, KEPT[layout.remat]) * work.dtype_bytes
     copies = float(work.dtype_bytes * held.parameters) if work.dtype_bytes < STATE_BYTES else 0.0
     # At its peak a step is at one of four places, and needs one of these beside the state, the gradients and the copies.
@@ -65,9 +65,9 @@ def memory(work: Work, layout: Layout) -> Memory:
     )
     gathered, activations, logits = max(places, key=sum)
     return Memory(
-        parameters=parameters,
-        optimizer=state - parameters,
-        gradients=parameters * (2 if layout.micro_batches > 1 else 1),  # those of a micro-batch beside their sum
+        parameters=trained + held.frozen,
+        optimizer=state - trained,
+        gradients=trained * (2 if layout.micro_batches > 1 else 1),  # those of a micro-batch beside their sum
         weights=copies + gathered,
         activations=activations,
         logits=logits,

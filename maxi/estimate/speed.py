@@ -100,8 +100,8 @@ def seconds(work: Work, layout: Layout, topology: Topology) -> Seconds:
 
 def matmul_flops(work: Work, layout: Layout) -> float:
     """Of a step, a device: forward, backward, and what is computed again."""
-    layers = work.layer_flops * (3 + RECOMPUTED[layout.remat])
-    head = work.head_flops * (3 if work.gradient_with_value else 4)
+    layers = work.layer_flops * (3 + RECOMPUTED[layout.remat]) - work.layers_spared
+    head = work.head_flops * (3 if work.gradient_with_value else 4) - work.head_spared
     return work.tokens * (layers + head) / layout.devices
 
 

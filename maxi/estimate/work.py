@@ -12,11 +12,13 @@ import jax
 import optax
 from jax.sharding import AbstractMesh
 
-from maxi import mesh, optim
+from maxi import adapters, mesh, optim
+from maxi.adapters import Tuning
 from maxi.dims import MESH_AXES
 from maxi.errors import ConfigError
 from maxi.models import Model
-from maxi.params import init, matmul_flops_per_token
+from maxi.models.model import restacked
+from maxi.params import Table, init, matmul_flops_per_token
 from maxi.sections import ComputeConfig, MeshConfig, OptimConfig
 from maxi.sharding import axes_of, weight_spec
 
@@ -66,20 +68,24 @@ class Layout:
 
 @dataclass(frozen=True)
 class Held:
-    """A device's part of the state, in elements: of each weight, of all weights, and of the whole state."""
+    """A device's part: of each of the model's weights, and of the state, in elements."""
 
     shares: Mapping[str, int]
     parameters: int
+    """Of what is trained."""
     state: int
+    frozen: float
+    """Bytes of what is only read."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """A step's work. `rows` rows of `width` tokens make a batch."""
+    """A step's work. `rows` rows of `width` tokens make a batch; the model's layers are in the stacks of `tuning.whole`."""
 
     model: Model
+    tuning: Tuning
     arrays: Mapping[str, int]
-    """Weight -> how many float32 arrays of its shape the state holds: itself, moments, a moving average."""
+    """Trained weight -> how many float32 arrays of its shape the state holds: itself, moments, a moving average."""
     rows: int
     width: int
     dtype_bytes: int
@@ -105,8 +111,8 @@ class Work:
 
     @cached_property
     def flops_per_token(self) -> float:
-        """See `Model.train_flops_per_token`."""
-        return self.model.train_flops_per_token(self.width)
+        """See `Model.train_flops_per_token`, less what frozen weights spare."""
+        return self.model.train_flops_per_token(self.width) - adapters.spared_flops(self.tuning)
 
     @cached_property
     def layer_flops(self) -> float:
@@ -122,18 +128,40 @@ class Work:
     @cached_property
     def attention_flops(self) -> float:
         """Of a token, forward, as if every row were one document: what the model's FLOPs count beside matmuls."""
-        return self.flops_per_token / 3 - matmul_flops_per_token(self.model.table)
+        return self.model.train_flops_per_token(self.width) / 3 - matmul_flops_per_token(self.model.table)
+
+    @cached_property
+    def head_spared(self) -> float:
+        """FLOPs a token that a head without a gradient of its own spares."""
+        head = "lm_head" if "lm_head" in self.model.table.params else "embed"
+        return 0.0 if head in self.tuning.table.params else self.head_flops
+
+    @cached_property
+    def layers_spared(self) -> float:
+        """The same of the layers, less what adapters take; negative where they take more."""
+        return adapters.spared_flops(self.tuning) - self.head_spared
+
+    @cached_property
+    def frozen(self) -> dict[str, int]:
+        """Frozen weight -> the bytes it is kept in."""
+        return adapters.frozen_bytes(self.tuning)
+
+    @property
+    def sparing(self) -> bool:
+        """Whether memory counts for more than time, see `maxi.program.choose_compute`."""
+        return getattr(self.tuning, "precision", None) is not None
 
     def held(self, layout: Layout) -> "Held":
         """What a device has of the state. Raises ConfigError where a size does not divide."""
         sizes = tuple(layout.mesh.values())
         if sizes not in self._held:
-            table, devices, shares = self.model.table, AbstractMesh(sizes, tuple(layout.mesh)), {}
-            for path, param in table.params.items():
-                spec = weight_spec(param.dims, table.sizes, devices)
-                shares[path] = self.sizes[path] // math.prod(layout.mesh[axis] for entry in spec for axis in axes_of(entry))
-            state = sum(self.arrays[path] * share for path, share in shares.items())
-            self._held[sizes] = Held(shares, sum(shares.values()), state)
+            devices = AbstractMesh(sizes, tuple(layout.mesh))
+            shares, trained = _shares(self.model.table, devices), _shares(self.tuning.table, devices)
+            state = sum(self.arrays[path] * share for path, share in trained.items())
+            frozen = sum(size * shares[path] / self.sizes[path] for path, size in self.frozen.items())
+            if self.tuning.keeps_start:
+                frozen += STATE_BYTES * sum(trained.values())
+            self._held[sizes] = Held(shares, sum(trained.values()), state, frozen)
         return self._held[sizes]
 
     def check(self, layout: Layout) -> None:
@@ -149,14 +177,35 @@ class Work:
         self.held(layout)
 
 
-def work_of(model: Model, optimizer: OptimConfig, *, batch_size: int, width: int, dtype_bytes: int, sums_tokens: bool) -> Work:
-    """The work of a run. `sums_tokens`: the objective is a weighted sum over tokens, as pretraining and SFT are."""
-    return Work(model, state_arrays(model, optimizer), batch_size, width, dtype_bytes, sums_tokens)
+def _shares(table: Table, devices: AbstractMesh) -> dict[str, int]:
+    """Weight -> a device's elements of it. Raises ConfigError where a size does not divide."""
+    found = {}
+    for path, param in table.params.items():
+        spec = weight_spec(param.dims, table.sizes, devices)
+        parts = math.prod(devices.shape[axis] for entry in spec for axis in axes_of(entry))
+        found[path] = math.prod(table.shape(path)) // parts
+    return found
 
 
-def state_arrays(model: Model, config: OptimConfig) -> dict[str, int]:
+def work_of(
+    model: Model,
+    optimizer: OptimConfig,
+    *,
+    batch_size: int,
+    width: int,
+    dtype_bytes: int,
+    sums_tokens: bool,
+    tuning: Tuning | None = None,
+) -> Work:
+    """The work of a run. `sums_tokens`: the objective is a weighted sum over tokens, as pretraining and SFT are; `tuning` says
+    what of the model is trained, by default all."""
+    tuning = tuning or adapters.Full(model.table)
+    whole, arrays = restacked(model, tuning.whole), state_arrays(tuning.table, optimizer)
+    return Work(whole, tuning, arrays, batch_size, width, dtype_bytes, sums_tokens)
+
+
+def state_arrays(table: Table, config: OptimConfig) -> dict[str, int]:
     """Weight -> how many arrays of its shape the state of a run holds, by asking the optimizer."""
-    table = model.table
     update = optim.optimizer(config, table, optim.schedule(config, 1))
     shapes = jax.eval_shape(lambda: update.init(init(table, jax.random.key(0))))
     moments: Counter[str] = Counter()
@@ -181,5 +230,5 @@ def layout_of(
     devices = [SimpleNamespace(slice_index=number * slices // chips) for number in range(chips)]
     sizes = mesh.choose(asked, devices, work.rows // micro_batches, work.width).sizes
     known = {axis: size for axis, size in zip(MESH_AXES, sizes, strict=True) if axis in Layout.__dataclass_fields__}
-    remat: Remat = compute.remat if compute.remat != "auto" else "none" if on_cpu else "full"
+    remat: Remat = compute.remat if compute.remat != "auto" else "none" if on_cpu and not work.sparing else "full"
     return Layout(**known, micro_batches=micro_batches, remat=remat)

@@ -16,7 +16,7 @@ from maxi.plan import hlo
 from maxi.plan.hlo import Array
 
 _ALIVE = re.compile(r"^\s+(\S+?)\{([\d, ]*)\}: (\d+) bytes", re.MULTILINE)
-ARGUMENTS = ("state", "batch")
+ARGUMENTS = ("state", "batch", "frozen")
 """What a step is called with."""
 
 

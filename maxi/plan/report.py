@@ -16,7 +16,7 @@ from maxi.plan.compiled import Estimate
 from maxi.plan.run import Outcome, Run
 
 MEMORY = {
-    "parameters": "parameters (float32)",
+    "parameters": "parameters",
     "optimizer": "optimizer state",
     "gradients": "gradients",
     "weights": "weights gathered or cast",
@@ -43,6 +43,8 @@ def about(config: Config, run: Run) -> None:
     model, work = run.work.model, run.work
     layers = f"{len(model.layers)} layers, vocabulary {model.vocab_size:,}"
     say(f"model: {model.family}, {count(model.table):,} parameters, {layers}; {work.flops_per_token / 1e9:.3f} GFLOPs a token")
+    if work.tuning.needs_base:
+        say(f"trained: {count(work.tuning.table):,} parameters, {work.tuning.about}")
     batch = f"{work.rows:,} rows of {work.width:,} tokens a step"
     if run.steps is None or run.tokens is None:
         say(f"run: {batch}, {config.epochs:g} epochs of data that is not read: --tokens says how many it has")

@@ -1,12 +1,15 @@
 """How far a run goes, and what an estimate of a step makes of it: tokens a second, hours, money."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import jax.numpy as jnp
+
+from maxi import adapters
 from maxi.aot import model_of
 from maxi.config import Config
 from maxi.errors import ConfigError
-from maxi.estimate.work import Work, work_of
+from maxi.estimate.work import STATE_BYTES, Work, work_of
 from maxi.plan.compiled import Estimate
 
 TOKEN_SUMS = ("pretrain", "sft")
@@ -69,13 +72,16 @@ def run_of(config: Config, on_cpu: bool, tokens: float | None) -> Run:
         raise ConfigError(f"--tokens {tokens:g} means nothing", "command line", fix)
     dtype = config.compute.dtype
     width = (2 if config.objective.name in PAIRS else 1) * config.seq_len
+    model, dtype_bytes = model_of(config), 4 if dtype == "float32" or (dtype == "auto" and on_cpu) else 2
+    matrices = jnp.float32 if dtype_bytes == STATE_BYTES else jnp.bfloat16
     work = work_of(
-        model_of(config),
+        model,
         config.optim,
         batch_size=config.batch_size,
         width=width,
-        dtype_bytes=4 if dtype == "float32" or (dtype == "auto" and on_cpu) else 2,
+        dtype_bytes=dtype_bytes,
         sums_tokens=config.objective.name in TOKEN_SUMS,
+        tuning=adapters.build(model.table, config.freeze, dtype=matrices, **asdict(config.adapter)),
     )
     steps = config.steps
     if steps is None and tokens is not None and config.epochs is not None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from maxi.adapters import Tuning
 from maxi.estimate.work import Work, work_of
 from maxi.models import Model, from_hf_config
 from maxi.sections import OptimConfig
@@ -24,6 +25,13 @@ def model(**fields: Any) -> Model:
     return from_hf_config(SIZES | fields)
 
 
-def work(rows: int = 64, width: int = 512, dtype_bytes: int = 2, optim: OptimConfig | None = None, **fields: Any) -> Work:
-    chosen = optim or OptimConfig()
-    return work_of(model(**fields), chosen, batch_size=rows, width=width, dtype_bytes=dtype_bytes, sums_tokens=True)
+def work(
+    rows: int = 64,
+    width: int = 512,
+    dtype_bytes: int = 2,
+    optim: OptimConfig | None = None,
+    tuning: Tuning | None = None,
+    **fields: Any,
+) -> Work:
+    size: Any = {"batch_size": rows, "width": width, "dtype_bytes": dtype_bytes, "sums_tokens": True}
+    return work_of(model(**fields), optim or OptimConfig(), **size, tuning=tuning)

@@ -31,7 +31,7 @@ COMPILED: list[tuple[str, str, dict[str, Any], float, float, float]] = [
 
 def of_config(path: str) -> Work:
     config = load(path)
-    size = {"batch_size": config.batch_size, "width": config.seq_len}
+    size: Any = {"batch_size": config.batch_size, "width": config.seq_len}
     return work_of(model_of(config), config.optim, **size, dtype_bytes=2, sums_tokens=True)
 
 

@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import pytest
 
-from maxi import mesh, objectives, program
+from maxi import mesh, objectives, params, program
 from maxi.errors import ConfigError
 from maxi.estimate.memory import memory
 from maxi.estimate.work import Layout, layout_of
-from maxi.sections import ComputeConfig, MeshConfig, OptimConfig
+from maxi.sections import ComputeConfig, FullConfig, IA3Config, LoraConfig, MeshConfig, OptimConfig
 from tests.estimate.models import model, work
 
 
@@ -53,6 +53,36 @@ def test_the_state_takes_what_its_shardings_say(optim: OptimConfig, axes: dict[s
     found = memory(work(optim=optim), Layout(**axes))
     assert found.parameters == held(state.params)
     assert 0 < held(state) - (found.parameters + found.optimizer) < 32  # counters, and Muon's coefficients
+
+
+@pytest.mark.parametrize(
+    ("adapter", "freeze"),
+    [
+        (LoraConfig(rank=8), ()),
+        (LoraConfig(rank=8, quantise="nf4", dora=True), ()),
+        (IA3Config(), ()),
+        (LoraConfig(rank=8, init="pissa"), ()),
+        (FullConfig(), ("*", "!model.layers.[23].*")),
+    ],
+    ids=str,
+)
+def test_adapters_take_what_their_shardings_say(adapter: Any, freeze: tuple[str, ...]) -> None:
+    axes: Any = {"fsdp": 8}
+    devices = mesh.build(MeshConfig(**axes))
+    parts = (objectives.build("pretrain"), ComputeConfig(dtype="bfloat16"), OptimConfig(), devices, 10, 1)
+    built = program.build(model(), *parts, adapter, freeze)
+    found = memory(counted := work(tuning=built.tuning), Layout(**axes))
+    state, frozen = built.abstract_state(), built.abstract_frozen()
+
+    def held(tree: Any) -> int:
+        return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+    whole = 8 * 1024 if "nf4" in str(adapter) else 0  # scales of groups are on every device
+    assert found.parameters == pytest.approx(held(state.params) + held(frozen), abs=whole)
+    assert found.optimizer == held(state.opt_state) - 8 and found.gradients == held(state.params)
+    everything = 3 * params.matmul_flops_per_token(model().table)
+    spared = model().train_flops_per_token(512) - counted.flops_per_token
+    assert 0 < spared < everything / 3 and built.train_flops_per_token(512) == counted.flops_per_token
 
 
 def test_a_configs_layout_is_that_of_its_run() -> None:
