@@ -82,7 +82,7 @@ def test_adapters_take_what_their_shardings_say(adapter: Any, freeze: tuple[str,
     assert found.optimizer == held(state.opt_state) - 8 and found.gradients == held(state.params)
     everything = 3 * params.matmul_flops_per_token(model().table)
     spared = model().train_flops_per_token(512) - counted.flops_per_token
-    assert 0 < spared < everything / 3 and built.train_flops_per_token(512) == counted.flops_per_token
+    assert 0 < spared <= everything / 3 and built.train_flops_per_token(512) == counted.flops_per_token
 
 
 def test_a_configs_layout_is_that_of_its_run() -> None:
