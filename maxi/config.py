@@ -308,6 +308,8 @@ def _check_adapter(config: Config, refuse: Callable[[str, str], None]) -> None:
     if config.freeze:
         refuse("freeze has no meaning beside an adapter, which freezes all weights", "remove one of them")
     if isinstance(adapter, LoraConfig) and adapter.init == "pissa":
+        if adapter.rank_pattern or adapter.alpha_pattern:
+            refuse("adapter.init pissa has one rank and one alpha", "remove adapter.rank_pattern and adapter.alpha_pattern")
         if adapter.quantise != "none":
             refuse("adapter.init pissa needs the weights as they are", "set adapter.quantise to none")
         if adapter.dora or adapter.init_from:

@@ -206,6 +206,10 @@ class LoraConfig:
     """The rank of each change."""
     alpha: Positive = 32.0
     """Changes are scaled by alpha / rank."""
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=4096)]] = Field(default_factory=dict)
+    """Ranks of their own: name (q_proj, or layers.3.self_attn.q_proj) -> rank; the first name that fits decides."""
+    alpha_pattern: dict[str, Positive] = Field(default_factory=dict)
+    """The same for alpha."""
     targets: str | Annotated[tuple[str, ...], Field(min_length=1)] = "all"
     """Which weights: all (every projection of the layers), or a list such as [q_proj, v_proj, embed_tokens, lm_head]."""
     dropout: Beta = 0.0

@@ -25,7 +25,7 @@ from maxi.adapters.ia3 import IA3
 from maxi.adapters.lora import Lora
 from maxi.adapters.partial import Partial
 from maxi.adapters.quantised import Quantised, block_of
-from maxi.adapters.targets import chosen, projections
+from maxi.adapters.targets import check_pattern, chosen, projections
 from maxi.adapters.weights import START, OnWeights
 from maxi.errors import ConfigError
 from maxi.params import Param, Table, Tree, abstract, get, matmul_flops_per_token, shardings
@@ -168,6 +168,12 @@ def build(
     if quantise != "none" and (odd := [path for path in projections(base) if block_of(base.shape(path)[-1]) is None]):
         what = f"{odd[0]} cannot be quantised, its last dimension is {base.shape(odd[0])[-1]}"
         raise ConfigError(what, "adapter.quantise", "set it to none")
+    for name in ("rank_pattern", "alpha_pattern"):
+        if options.get(name):
+            check_pattern(base, paths, tuple(options[name].items()), f"adapter.{name}")
+            options = {**options, name: tuple(options[name].items())}
+        else:
+            options.pop(name, None)
     made = {"lora": Lora, "ia3": IA3}[kind](**options)
     return OnWeights(base, paths, made, dtype, None if quantise == "none" else quantise)  # type: ignore[arg-type]
 

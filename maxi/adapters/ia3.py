@@ -4,6 +4,7 @@ The MLP's last projection has its inputs scaled instead. All factors are one at 
 Layouts and names are peft's.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,10 @@ class IA3:
         group = f"({' '.join(letters)})" if len(letters) > 1 else letters
         name, layout = ("into", f"1 {group}") if of_inputs else ("out", f"{group} 1")
         return {name: Param(f"{depth}{letters}", f"{PREFIX}{module}.ia3_l", layout, "ones")}
+
+    def constants(self, path: str, param: Param, layers: Sequence[int | None]) -> Parts:
+        del path, param, layers
+        return {}
 
     def start(self, path: str, param: Param, base: Any, parts: Parts) -> Parts:
         del path, param, base

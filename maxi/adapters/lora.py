@@ -10,12 +10,15 @@ Layouts and names are peft's.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from maxi.adapters.targets import of_module
 from maxi.adapters.weight import Parts, frozen, whole
 from maxi.kernels.linear import linear as kernel
 from maxi.params import Param
@@ -35,10 +38,28 @@ class Lora:
     dora: bool = False
     lr_ratio: float = 1.0
     init: Literal["default", "pissa"] = "default"
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    alpha_pattern: tuple[tuple[str, float], ...] = ()
 
     @property
     def scale(self) -> float:
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        return self._scale(self.alpha, self.rank)
+
+    def _scale(self, alpha: float, rank: int) -> float:
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+    @property
+    def width(self) -> int:
+        """The most that a rank is: smaller ones are filled up, with what is multiplied by zero."""
+        return max([self.rank, *(rank for _, rank in self.rank_pattern)])
+
+    def rank_of(self, name: str) -> int:
+        """Of a module, by its Hugging Face name."""
+        return of_module(self.rank_pattern, name, self.rank)
+
+    def scale_of(self, name: str) -> float:
+        """The same of its scale."""
+        return self._scale(of_module(self.alpha_pattern, name, self.alpha), self.rank_of(name))
 
     @property
     def takes_embeddings(self) -> bool:
@@ -49,7 +70,7 @@ class Lora:
         return self.dora or self.init == "pissa"
 
     def sizes(self) -> dict[str, int]:
-        return {"R": self.rank}
+        return {"R": self.width}
 
     def parts(self, path: str, param: Param) -> dict[str, Param]:
         """`a` [L, *inputs, R], `b` [L, R, *outputs], and DoRA's `m` [L, *outputs]. An embedding's inputs are tokens."""
@@ -64,6 +85,17 @@ class Lora:
         if self.dora:
             parts["m"] = Param(f"{depth}{outputs}", f"{module}.lora_magnitude_vector", out, "ones")
         return parts
+
+    def constants(self, path: str, param: Param, layers: Sequence[int | None]) -> Parts:
+        """Where modules have ranks and scales of their own: `scale` [L, R], 0 beyond a rank, so nothing is learned there."""
+        del path
+        if not self.rank_pattern and not self.alpha_pattern:
+            return {}
+        names = [param.hf.removesuffix(".weight").format(L=layer) for layer in layers]
+        scales = np.zeros((len(names), self.width), np.float32)
+        for row, name in zip(scales, names, strict=True):
+            row[: self.rank_of(name)] = self.scale_of(name)
+        return {"scale": jnp.asarray(scales if param.stacked else scales[0])}
 
     def start(self, path: str, param: Param, base: Any, parts: Parts) -> Parts:
         if self.init == "pissa":
@@ -90,20 +122,20 @@ class Lora:
 
     def linear(self, pattern: str, x: jax.Array, base: Any, parts: Parts) -> jax.Array:
         y, read = frozen(pattern, x, base), self._dropped(x, parts)
-        change = self._change(pattern, read, parts["a"], parts["b"])
+        change = self._change(pattern, read, parts["a"], parts["b"], parts)
         if "a0" in parts:
-            change = change - self._change(pattern, read, parts["a0"], parts["b0"])
+            change = change - self._change(pattern, read, parts["a0"], parts["b0"], parts)
         if not self.dora:
             return y + change
         gain = (parts["m"] / jax.lax.stop_gradient(self._norm(pattern, base, parts))).astype(y.dtype)
         of_read = y if read is x else frozen(pattern, read, base)  # as peft does it under dropout
         return y + (gain - 1) * of_read + gain * change
 
-    def _change(self, pattern: str, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    def _change(self, pattern: str, x: jax.Array, a: jax.Array, b: jax.Array, parts: Parts) -> jax.Array:
         of_x, inputs, outputs, out = _letters(pattern)
         rows = of_x.removesuffix(inputs)
         low = kernel(f"{of_x},{inputs}R->{rows}R", x, a)
-        return kernel(f"{rows}R,R{outputs}->{out}", low * self.scale, b)
+        return kernel(f"{rows}R,R{outputs}->{out}", (low * parts.get("scale", self.scale)).astype(low.dtype), b)
 
     def _dropped(self, x: jax.Array, parts: Parts) -> jax.Array:
         """x with a share of it zero, drawn for each row by itself, so that neither devices nor micro-batches matter."""
@@ -116,12 +148,12 @@ class Lora:
     def _norm(self, pattern: str, base: Any, parts: Parts) -> jax.Array:
         """Lengths [*outputs] of the changed weight, float32, from inner products: the changed weight is not formed."""
         _, inputs, outputs, _ = _letters(pattern)
-        w, a, b = whole(base, jnp.float32), parts["a"].astype(jnp.float32), parts["b"].astype(jnp.float32)
+        w, b = whole(base, jnp.float32), parts["b"].astype(jnp.float32)
+        a = parts["a"].astype(jnp.float32) * parts.get("scale", self.scale)
         w_a = jnp.einsum(f"{inputs}{outputs},{inputs}R->R{outputs}", w, a)
         a_a = jnp.einsum(f"{inputs}R,{inputs}C->RC", a, a)
         own = (w**2).sum(range(len(inputs)))
-        crossed = 2 * self.scale * (w_a * b).sum(0)
-        return jnp.sqrt(own + crossed + self.scale**2 * (jnp.einsum(f"RC,C{outputs}->R{outputs}", a_a, b) * b).sum(0))
+        return jnp.sqrt(own + 2 * (w_a * b).sum(0) + (jnp.einsum(f"RC,C{outputs}->R{outputs}", a_a, b) * b).sum(0))
 
     def bias(self, bias: jax.Array, parts: Parts) -> jax.Array:
         del parts
@@ -129,18 +161,21 @@ class Lora:
 
     def rows(self, tokens: jax.Array, base: jax.Array, parts: Parts, dtype: Any) -> jax.Array:
         """Rows of an adapted embedding [V, D]."""
-        low = parts["a"].astype(dtype)[tokens] * self.scale
-        return base.astype(dtype)[tokens] + low @ parts["b"].astype(dtype)
+        low = parts["a"].astype(dtype)[tokens] * parts.get("scale", self.scale)
+        return base.astype(dtype)[tokens] + low.astype(dtype) @ parts["b"].astype(dtype)
 
     def merged(self, path: str, param: Param, base: jax.Array, parts: Parts) -> jax.Array:
         known = self.parts(path, param)
         pattern = f"{known['a'].dims},{known['b'].dims}->{param.dims}"
         if base.ndim < len(param.dims):
             pattern = pattern.replace("L", "")
-        product = jnp.einsum(pattern, parts["a"], parts["b"])
+        scale = jnp.asarray(parts.get("scale", self.scale))
+        if scale.ndim == 2:  # with L in front
+            scale = scale.reshape(len(scale), *[1] * (parts["a"].ndim - 2), -1)
+        product = jnp.einsum(pattern, parts["a"] * scale, parts["b"])
         if "a0" in parts:
-            product = product - jnp.einsum(pattern, parts["a0"], parts["b0"])
-        changed = base + self.scale * product
+            product = product - jnp.einsum(pattern, parts["a0"] * scale, parts["b0"])
+        changed = base + product
         if not self.dora:
             return changed
         axes = tuple(axis - len(param.dims) + base.ndim for axis in param.matrix_axes[0])

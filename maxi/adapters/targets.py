@@ -3,14 +3,32 @@
 import difflib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import Any, TypeVar
 
 from maxi.errors import ConfigError
 from maxi.params import Table
+
+T = TypeVar("T")
 
 
 def module(table: Table, path: str) -> str:
     """The name by which peft knows a weight: q_proj, embed_tokens."""
     return table.params[path].hf.removesuffix(".weight").split(".")[-1]
+
+
+def of_module(pattern: Sequence[tuple[str, T]], name: str, default: T) -> T:
+    """What a pattern says of a module: the first of its names that is the module's, or the end of it after a dot, decides."""
+    return next((value for key, value in pattern if name == key or name.endswith(f".{key}")), default)
+
+
+def check_pattern(table: Table, paths: Sequence[str], pattern: Sequence[tuple[str, Any]], where: str) -> None:
+    """Raises ConfigError for a name in a pattern that no target has."""
+    depth = 1 + max((layer for layers in table.stacks.values() for layer in layers), default=0)
+    names = {table.params[path].hf.removesuffix(".weight").format(L=layer) for path in paths for layer in range(depth)}
+    for key, _ in pattern:
+        if not any(name == key or name.endswith(f".{key}") for name in names):
+            close = difflib.get_close_matches(key, sorted({name.split(".")[-1] for name in names}), 1)
+            raise ConfigError(f"no target is called {key!r}", where, f"did you mean {close[0]}?" if close else "name a target")
 
 
 def projections(table: Table) -> list[str]:

@@ -5,6 +5,7 @@ is kept so. `linear` is what the decoder applies weights with: arrays go to the 
 the activations: the sum of a weight and its change is never formed, so a step holds neither that nor its gradient.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -40,6 +41,10 @@ class Kind(Protocol):
 
     def sizes(self) -> dict[str, int]:
         """Sizes of the letters that are the adapter's own."""
+        ...
+
+    def constants(self, path: str, param: Param, layers: Sequence[int | None]) -> Parts:
+        """What is beside the learned parts and is not learned, [L, ...] for these layers or without L for None."""
         ...
 
     def start(self, path: str, param: Param, base: Any, parts: Parts) -> Parts:

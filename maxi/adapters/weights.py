@@ -91,7 +91,8 @@ class OnWeights:
     def join(self, params: Tree, frozen: Tree, noise: Any = None) -> Tree:
         tree, start = _base_of(frozen), frozen.get(START)
         for path, param in self._targets():
-            parts = dict(get(params, path))
+            layers = self.base.stacks.get(path.split(".")[0], (None,))
+            parts = {**get(params, path), **self.kind.constants(path, param, layers)}
             if start is not None:
                 parts |= {f"{name}0": part for name, part in get(start, path).items()}
             if noise is not None and self.needs_noise:

@@ -1,8 +1,7 @@
 """Adapters in peft's format: a folder of adapter_config.json and adapter_model.safetensors, in and out, without peft.
 
-Names and layouts of the tensors stand in the table of what is trained (`maxi.adapters`). What peft keeps per module, ranks
-and scales of their own, becomes one rank and one scale on the way in: a smaller rank is filled up with zeros, which stay
-zero, and a scale goes into B. Written for peft 0.21.
+Names and layouts of the tensors stand in the table of what is trained (`maxi.adapters`). Where modules have ranks of their
+own, a smaller one is filled up on the way in and cut off on the way out. Written for peft 0.21.
 """
 
 import re
@@ -87,12 +86,16 @@ def _lora(settings: Settings) -> Lora:
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1 << 16:
             raise ModelFolderError(f"{name} is {value!r}", str(settings.folder / ADAPTER), "the file is damaged")
-    ranks = [int(fields["r"]), *_pattern(settings, "rank_pattern").values()]
-    rank = max(tensor.shape[0] for name, tensor in settings.stored.items() if "_A" in name.split("lora")[-1])
-    if rank not in ranks:
-        what = f"the rank is {ranks[0]} in {ADAPTER}, and {rank} in {ADAPTER_WEIGHTS}"
-        raise ModelFolderError(what, str(settings.folder), "the files do not belong together")
-    return Lora(rank, float(fields["lora_alpha"]), 0.0, bool(fields.get("use_rslora")), bool(fields.get("use_dora")))
+    rank, alpha = int(fields["r"]), float(fields["lora_alpha"])
+    ranks = tuple((key, int(value)) for key, value in _pattern(settings, "rank_pattern").items())
+    patterns = {"rank_pattern": ranks, "alpha_pattern": tuple(_pattern(settings, "alpha_pattern").items())}
+    made = Lora(rank, alpha, 0.0, bool(fields.get("use_rslora")), bool(fields.get("use_dora")), **patterns)
+    for name, tensor in settings.stored.items():
+        wanted, inside = made.rank_of(_module_of(name)), "_A" in name.split("lora")[-1]
+        if inside and tensor.shape[:1] != (wanted,):
+            what = f"the rank is {wanted} in {ADAPTER}, and {tensor.shape[0] if tensor.shape else 0} in {ADAPTER_WEIGHTS}"
+            raise ModelFolderError(what, str(settings.folder), "the files do not belong together")
+    return made
 
 
 def check_same(settings: Settings, wanted: OnWeights) -> None:
@@ -101,16 +104,24 @@ def check_same(settings: Settings, wanted: OnWeights) -> None:
     if type(found.kind) is not type(wanted.kind):
         what = f"the adapter is {settings.fields['peft_type']}, not {type(wanted.kind).__name__}"
         raise ConfigError(what, str(settings.folder), "set adapter.kind to its own")
-    for name in ("rank", "alpha", "rslora", "dora") if isinstance(wanted.kind, Lora) else ():
+    for name in ("rank", "alpha", "rslora", "dora", "rank_pattern", "alpha_pattern") if isinstance(wanted.kind, Lora) else ():
         theirs, ours = getattr(found.kind, name), getattr(wanted.kind, name)
         if theirs != ours:
+            ours, theirs = (_shown(value) for value in (ours, theirs))
             what = f"adapter.{name} is {ours}, but that of the adapter is {theirs}"
-            raise ConfigError(what, str(settings.folder), f"set adapter.{name}={str(theirs).lower()}")
+            raise ConfigError(what, str(settings.folder), f"set adapter.{name}={theirs}")
     if found.targets != wanted.targets:
         names = ", ".join(dict.fromkeys(module(found.base, path) for path in found.targets))
         raise ConfigError(
             f"adapter.targets are not those of the adapter, {names}", str(settings.folder), f"set adapter.targets=[{names}]"
         )
+
+
+def _shown(value: Any) -> str:
+    """As it is written in a config."""
+    if isinstance(value, tuple):
+        return "{" + ", ".join(f"{key}: {found:g}" for key, found in value) + "}"
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}"
 
 
 def read(settings: Settings, tuning: OnWeights) -> Tree:
@@ -128,8 +139,6 @@ def read(settings: Settings, tuning: OnWeights) -> Tree:
             continue
         given.remove(name)
         value = _fitting(settings, settings.stored[name], table, path)
-        if isinstance(kind, Lora) and path.endswith(".b"):
-            value = value * (_scale(settings, _module_of(name)) / kind.scale)
         leaf = get(tree, path)
         leaf[() if number is None else number] = from_hf(table, table.params[path], value)
     if given:
@@ -155,17 +164,6 @@ def _fitting(settings: Settings, tensor: Stored, table: Table, path: str) -> np.
     if not np.isfinite(value).all():
         raise ModelFolderError(f"{tensor.name} holds NaN or Inf", str(settings.folder), "the adapter is damaged")
     return np.pad(value, [(0, want - have) for have, want in zip(value.shape, wanted, strict=True)])
-
-
-def _scale(settings: Settings, name: str) -> float:
-    """alpha / rank of one module, with its own where there are patterns."""
-    rank = _own(_pattern(settings, "rank_pattern"), name, settings.fields["r"])
-    alpha = _own(_pattern(settings, "alpha_pattern"), name, settings.fields["lora_alpha"])
-    return Lora(int(rank), float(alpha), rslora=bool(settings.fields.get("use_rslora"))).scale
-
-
-def _own(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
-    return next((value for key, value in pattern.items() if name == key or name.endswith(f".{key}")), default)
 
 
 def _pattern(settings: Settings, field: str) -> dict[str, Any]:
@@ -210,7 +208,7 @@ def write(
         value = np.asarray(leaf if number is None else leaf[number], np.float32)
         if not np.isfinite(value).all():
             raise NumericsError(f"{name} holds NaN or Inf", path, "export an earlier checkpoint")
-        found[name] = np.ascontiguousarray(to_hf(table.params[path], value))
+        found[name] = np.ascontiguousarray(_cut(tuning, name, path, to_hf(table.params[path], value)))
     hidden = out.with_name(f".{out.name}.partial")
     try:
         shutil.rmtree(hidden, ignore_errors=True)
@@ -226,6 +224,14 @@ def write(
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
     return out
+
+
+def _cut(tuning: OnWeights, name: str, path: str, value: np.ndarray) -> np.ndarray:
+    """A tensor in peft's layout without the zeros that its rank was filled up with."""
+    if not isinstance(tuning.kind, Lora) or path.endswith(".m"):
+        return value
+    rank = tuning.kind.rank_of(_module_of(name))
+    return value[:rank] if path.endswith(".a") else value[:, :rank]
 
 
 def _doubled(tuning: OnWeights, params: Tree, start: Tree) -> tuple[OnWeights, Tree]:
@@ -258,8 +264,8 @@ def _fields(tuning: OnWeights, base_name: str) -> dict[str, Any]:
         "lora_dropout": kind.dropout,
         "use_rslora": kind.rslora,
         "use_dora": kind.dora,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "rank_pattern": dict(kind.rank_pattern),
+        "alpha_pattern": dict(kind.alpha_pattern),
         "bias": "none",
         "init_lora_weights": True,
         "layers_pattern": None,

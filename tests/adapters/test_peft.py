@@ -60,8 +60,9 @@ def test_logits_are_those_of_peft_both_ways(case: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(tiny.logits(sides.loaded_by_peft(both.base, out), TOKENS), wanted, atol=1e-4)
 
 
-def test_names_shapes_and_bytes_are_those_of_peft(tmp_path: Path) -> None:
-    both = sides.build(tmp_path, "qwen2", lora(use_dora=True))
+@pytest.mark.parametrize("case", ["dora", "ranks and scales of their own"])
+def test_names_shapes_and_bytes_are_those_of_peft(case: str, tmp_path: Path) -> None:
+    both = sides.build(tmp_path, *CASES[case])
     out = peft.write(both.tuning, both.params, both.frozen, tmp_path / "out", base_name=str(both.base))
     theirs, ours = (load_file(folder / "adapter_model.safetensors") for folder in (both.adapter, out))
     assert theirs.keys() == ours.keys()
