@@ -26,6 +26,7 @@ from maxi.hf.exporter import check_target, publish, write_json
 from maxi.hf.folder import ADAPTER, ADAPTER_WEIGHTS, DTYPES, Stored, read_json, tensors_in
 from maxi.params import Table, Tree, from_hf, get, put, to_hf
 
+PICKLED = "adapter_model.bin"
 _PLAIN = re.compile(r"[A-Za-z0-9_.]{1,200}")
 _UNSUPPORTED = ("lora_bias", "use_qalora", "use_bdlora", "modules_to_save", "layer_replication", "target_parameters")
 """Fields of adapter_config.json that would change what is computed."""
@@ -63,7 +64,12 @@ def open_adapter(folder: str | Path) -> Settings:
             raise ModelFolderError(f"unsupported: {name} {fields[name]!r}", str(path / ADAPTER), "train it without")
     if fields.get("bias", "none") != "none":
         raise ModelFolderError(f"unsupported: bias {fields['bias']!r}", str(path / ADAPTER), "train it without")
+    if not (path / ADAPTER_WEIGHTS).exists() and (path / PICKLED).exists():
+        fix = "save it with peft: model.save_pretrained(folder)"
+        raise ModelFolderError(f"safetensors only, not pickled weights such as {PICKLED}", str(path), fix)
     stored = {name: tensor for name, tensor in tensors_in(path, ADAPTER_WEIGHTS).items() if ".base_layer." not in name}
+    if not stored:
+        raise ModelFolderError(f"there is nothing in {ADAPTER_WEIGHTS}", str(path), "the adapter is damaged")
     return Settings(path, fields, stored)
 
 

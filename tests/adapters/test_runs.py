@@ -1,6 +1,8 @@
 """Runs that train an adapter, from the command line: they learn, go on bit for bit, and export both ways; or one line."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +154,48 @@ def test_what_cannot_be_is_one_line(options: list[str], words: str, run: Path, h
     assert main(["train", configure(home, tmp_path, "bad"), *filled]) != 0
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1 and words in said[0], said
+
+
+WEIGHTS, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "pickled": (
+        lambda at: (at / WEIGHTS).rename(at / "adapter_model.bin"),
+        "safetensors only, not pickled weights such as adapter_model.bin",
+    ),
+    "no weights": (lambda at: (at / WEIGHTS).unlink(), WEIGHTS),
+    "cut off": (lambda at: (at / WEIGHTS).write_bytes((at / WEIGHTS).read_bytes()[:-40]), WEIGHTS),
+    "empty": (lambda at: save_file({}, at / WEIGHTS), f"there is nothing in {WEIGHTS}"),
+    "no config": (lambda at: (at / CONFIG_FILE).write_text("{"), CONFIG_FILE),
+    "another rank": (lambda at: settings(at, r=8), "the rank is 8 in adapter_config.json, and 4 in adapter_model.safetensors"),
+    "no rank": (lambda at: settings(at, r=None), "r is None"),
+    "another method": (lambda at: settings(at, peft_type="VERA"), "unsupported: peft_type 'VERA'"),
+    "biases": (lambda at: settings(at, bias="all"), "unsupported: bias 'all'"),
+    "whole modules": (lambda at: settings(at, modules_to_save=["lm_head"]), "unsupported: modules_to_save ['lm_head']"),
+    "expressions": (lambda at: settings(at, rank_pattern={"q.*": 2}), "unsupported: rank_pattern"),
+    "no base": (lambda at: settings(at, base_model_name_or_path="nowhere"), "its base nowhere is not a folder here"),
+    "not finite": (lambda at: tensors(at, lambda value: value * np.float32("nan")), "holds NaN or Inf"),
+    "other shapes": (lambda at: tensors(at, lambda value: np.tile(value, 2)), "this model and rank need"),
+    "a stranger": (lambda at: tensors(at, lambda value: value, ".layers.9."), "the adapter is of another model"),
+}
+
+
+def settings(at: Path, **fields: Any) -> None:
+    (at / CONFIG_FILE).write_text(json.dumps(json.loads((at / CONFIG_FILE).read_text()) | fields))
+
+
+def tensors(at: Path, change: Callable[[np.ndarray], np.ndarray], layer: str = ".layers.0.") -> None:
+    found = {name.replace(".layers.0.", layer): change(value) for name, value in load_file(at / WEIGHTS).items()}
+    save_file(found, at / WEIGHTS)
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_adapter_is_one_line(case: str, run: Path, tmp_path: Path, capsys: Any) -> None:
+    spoil, words = BAD[case]
+    shutil.copytree(run / "adapter", tmp_path / "adapter")
+    spoil(tmp_path / "adapter")
+    assert main(["generate", str(tmp_path / "adapter"), "--prompt", "I", "--max-new-tokens", "1"]) == 4
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and words in said[0] and "error[4]" in said[0], said
 
 
 def test_another_base_is_refused(run: Path, home: Path, tmp_path: Path, capsys: Any) -> None:
