@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from maxi import processes
 from maxi.adapters import OnWeights
 from maxi.adapters.ia3 import FEEDFORWARD, IA3
 from maxi.adapters.lora import PREFIX, Lora
@@ -25,6 +27,7 @@ from maxi.errors import ConfigError, EnvironmentFault, ModelFolderError, Numeric
 from maxi.hf.exporter import check_target, publish, write_json
 from maxi.hf.folder import ADAPTER, ADAPTER_WEIGHTS, DTYPES, Stored, read_json, tensors_in
 from maxi.params import Table, Tree, from_hf, get, put, to_hf
+from maxi.sharding import fetch
 
 PICKLED = "adapter_model.bin"
 _PLAIN = re.compile(r"[A-Za-z0-9_.]{1,200}")
@@ -202,11 +205,15 @@ def write(
 ) -> Path:
     """Writes the adapter as peft does, float32, with the tokenizer's files; `base_name` is what peft will load it onto.
 
-    Raises as `maxi.hf.write` does.
+    Of several processes the first writes; all of them hand over their parts. Raises as `maxi.hf.write` does.
     """
+    params, start = jax.tree.map(fetch, (params, frozen.get(START)))
+    if not processes.is_first():
+        processes.barrier()
+        return Path(out).expanduser().resolve()
     out = check_target(out, force)
     if tuning.keeps_start:
-        tuning, params = _doubled(tuning, params, frozen[START])
+        tuning, params = _doubled(tuning, params, start)
     table = tuning.table
     found: dict[str, np.ndarray] = {}
     for name, path, number in table.hf_tensors():
@@ -229,6 +236,7 @@ def write(
         raise EnvironmentFault(f"cannot write the adapter, {error.strerror}", str(out), "check space and rights") from None
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
+    processes.barrier()
     return out
 
 
