@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
         ("config", "print the resolved configuration", _config),
         ("quickstart", "tokenizer, pretraining, export and a continuation, all from text that Python carries", _quickstart),
     ):
-        command = add(name, what, run, formatter_class=_KeysHelp)
+        command = add(name, what, run, formatter_class=_KeysHelp, epilog=METHODS if name == "train" else None)
         command.add_argument("config", metavar="CONFIG.yaml", help="the configuration; its keys are listed below")
         command.add_argument("overrides", metavar="key=value", nargs="*", help="e.g. optim.lr=1e-4 data.train.0.path=a.txt")
         if name == "train":
@@ -210,6 +210,15 @@ def _add_sampling(command: argparse.ArgumentParser, max_new_tokens: int, tempera
     add("--min-p", 0.0, "only tokens of at least this share of the likeliest's")
     add("--repetition-penalty", 1.0, "above 1: tokens already there count less")
     add("--seed", 0, "of the sampling")
+
+
+METHODS = """\
+which method for which memory (GiB of a step of SFT at Qwen2.5-0.5B's shape, 1 x 512 tokens in float32; see maxi plan):
+  all weights                 9.20  the default; most is learned
+  adapter.kind=lora           3.51  where the weights fit once (with adapter.dora=true 4.59, with compute.remat=full 2.62)
+  adapter.kind=ia3            3.06  very few numbers; as much as freeze=["*", "!*norm*"]
+  adapter.quantise=int8       1.63  LoRA or IA3 beside weights of 8 bits
+  adapter.quantise=nf4        1.46  ... of 4 bits (QLoRA); with compute.head=chunked 1.17"""
 
 
 class _KeysHelp(argparse.RawDescriptionHelpFormatter):
