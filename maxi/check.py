@@ -56,7 +56,8 @@ def run_check(config: Config, *, rows: int = 2, html_out: str | None = None, jso
     objective = objectives.build(**asdict(config.objective))
     tokenizer = pretrained.open_tokenizer(config.tokenizer, config.model.init_from)
     with open_template(objective.rows, config.chat, tokenizer) as template:
-        content = content_of(objective.rows, config.data, config.chat, tokenizer, template, config.seq_len)
+        virtual = getattr(config.adapter, "virtual_tokens", 0)
+        content = content_of(objective.rows, config.data, config.chat, tokenizer, template, config.seq_len, virtual)
         say = (lambda _: None) if json_out == "-" else log.info
         batches, eval_rows = open_data(config.data, content, batch_size=config.batch_size, seed=config.seed, log=say)
         opened = [*batches.opened, *(eval_rows.opened if eval_rows else ())]
@@ -151,7 +152,8 @@ def _shown(entry: Opened, tokenizer: Tokenizer, skip_bad: int) -> Iterator[list[
         row = entry.rows[number]
         # a row's weight stands with the token before the target
         weights = np.append(np.float32(0), row["loss_weight"][:-1])
-        yield [Shown(f"{entry.source.path}, row {number}", _pieces(tokenizer, row["tokens"], weights))]
+        read = row["positions"] >= entry.rows.layout.get("virtual", 0)
+        yield [Shown(f"{entry.source.path}, row {number}", _pieces(tokenizer, row["tokens"][read], weights[read]))]
 
 
 def _pieces(tokenizer: Tokenizer, ids: np.ndarray, weights: np.ndarray) -> list[tuple[str, float]]:

@@ -22,6 +22,7 @@ from maxi.dims import MESH_AXES
 from maxi.errors import ConfigError
 from maxi.sections import (
     STRICT,
+    AdaLoraConfig,
     AdapterConfig,
     ChatConfig,
     CheckpointConfig,
@@ -41,8 +42,10 @@ from maxi.sections import (
     OptimConfig,
     PathText,
     Positive,
+    PrefixConfig,
     PretrainConfig,
     ProcessesConfig,
+    PromptConfig,
     Source,
 )
 from maxi.yaml_file import read_text, read_yaml
@@ -307,6 +310,19 @@ def _check_adapter(config: Config, refuse: Callable[[str, str], None]) -> None:
         return
     if config.freeze:
         refuse("freeze has no meaning beside an adapter, which freezes all weights", "remove one of them")
+    if isinstance(adapter, AdaLoraConfig) and adapter.target_r >= adapter.init_r:
+        refuse(f"adapter.target_r {adapter.target_r} is not below adapter.init_r {adapter.init_r}", "lower it")
+    if isinstance(adapter, AdaLoraConfig) and config.steps and adapter.tinit + adapter.tfinal >= config.steps:
+        what = f"steps {config.steps} leave none between adapter.tinit {adapter.tinit} and adapter.tfinal {adapter.tfinal}"
+        refuse(what, "lower them, or raise steps")
+    if isinstance(adapter, PromptConfig | PrefixConfig):
+        _check_virtual(config, adapter.virtual_tokens, refuse)
+    if isinstance(adapter, PrefixConfig) and adapter.projection and adapter.init_from:
+        refuse("adapter.init_from holds what a network gave, and not the network", "set adapter.projection to false")
+    if isinstance(adapter, PrefixConfig) and adapter.encoder_hidden_size and not adapter.projection:
+        refuse("adapter.encoder_hidden_size is that of a network", "set adapter.projection, or leave it out")
+    if isinstance(adapter, PromptConfig) and (adapter.init == "text") != (adapter.init_text is not None):
+        refuse("adapter.init text and adapter.init_text go together", "give both or neither")
     if isinstance(adapter, LoraConfig) and adapter.init == "pissa":
         if adapter.rank_pattern or adapter.alpha_pattern:
             refuse("adapter.init pissa has one rank and one alpha", "remove adapter.rank_pattern and adapter.alpha_pattern")
@@ -314,3 +330,10 @@ def _check_adapter(config: Config, refuse: Callable[[str, str], None]) -> None:
             refuse("adapter.init pissa needs the weights as they are", "set adapter.quantise to none")
         if adapter.dora or adapter.init_from:
             refuse(f"adapter.init pissa cannot be had with {'dora' if adapter.dora else 'init_from'}", "remove one of them")
+
+
+def _check_virtual(config: Config, virtual_tokens: int, refuse: Callable[[str, str], None]) -> None:
+    if virtual_tokens + 2 > config.seq_len:
+        refuse(f"seq_len {config.seq_len} has no room beside {virtual_tokens} virtual tokens", "raise it")
+    if config.data.across_documents:
+        refuse("data.across_documents has no meaning with virtual tokens, which begin every document", "remove it")

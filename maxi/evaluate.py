@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maxi import scores
+from maxi.adapters import virtual
 from maxi.data import prompts as prompt_files
 from maxi.data.windows import Window, cut, encoded, packed
 from maxi.errors import ConfigError, DataError, NumericsError
@@ -172,8 +173,11 @@ def evaluate(
     """
     tokenizer, model = tokenizer_of(loaded), loaded.model
     seq_len = min(MAX_SEQ_LEN, model.rope.max_position) if seq_len is None else seq_len
+    before = virtual.count(loaded.params)
     if seq_len < 1 or batch_size < 1:
         raise ConfigError(f"seq_len {seq_len} x batch_size {batch_size}", "eval", "both must be at least 1")
+    if seq_len <= before:
+        raise ConfigError(f"seq_len {seq_len} has no room beside {before} virtual tokens", "eval", "raise it")
     if seq_len > model.rope.max_position:
         log.warning("eval: seq_len %d is over the model's max_position_embeddings %d", seq_len, model.rope.max_position)
     begun = time.monotonic()
@@ -184,10 +188,10 @@ def evaluate(
         for name, ids in encoded(tokenizer, paths, field):
             where.append(name)
             sums.append(_Sums())
-            yield from cut(len(sums) - 1, ids, seq_len)
+            yield from cut(len(sums) - 1, ids, seq_len - before)
 
     step_fn, token_bytes = eval_step(model, compute or Compute(dtype=loaded.params["embed"].dtype)), tokenizer.token_bytes()
-    for batch, logprobs_BT in _ahead(step_fn, loaded.params, packed(windows(), seq_len, batch_size), None):
+    for batch, logprobs_BT in _ahead(step_fn, loaded.params, packed(windows(), seq_len, batch_size, before), None):
         _count(sums, batch, -np.asarray(logprobs_BT, np.float64), token_bytes)
     total = _Sums()
     for part in sums:

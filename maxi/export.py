@@ -45,7 +45,13 @@ def export(
 
 
 def merged(tuning: Tuning, params: Tree, frozen: Tree) -> Tree:
-    """Weights of the base's table with what was learned in them; says so where the base is not what it was."""
+    """Weights of the base's table with what was learned in them; says so where the base is not what it was.
+
+    Raises ModelFolderError where it is no part of weights.
+    """
+    if tuning.virtual_tokens:
+        what = f"{tuning.virtual_tokens} virtual tokens before each text are no part of the weights and cannot be merged"
+        raise ModelFolderError(what, "export", "export the adapter, with --adapter")
     if isinstance(tuning, OnWeights) and tuning.precision:
         log.warning("export: merged into the base as %s keeps it, not as it was before", tuning.precision)
     return tuning.merged(params, frozen)
@@ -60,21 +66,32 @@ def write_adapter(run: Run, trained: Trained, out: Path, *, force: bool = False)
     base = str(Run(config.model.init_from).hf if Run.is_run(config.model.init_from) else config.model.init_from)
     tokenizer = Loaded(trained.model, {}, run.model).tokenizer
     card = _how_it_was_trained(run, config)
-    return peft.write(tuning, trained.params, trained.frozen, out, base_name=base, tokenizer=tokenizer, card=card, force=force)
+    return peft.write(
+        tuning,
+        trained.params,
+        trained.frozen,
+        out,
+        base_name=base,
+        tokenizer=tokenizer,
+        card=card,
+        steps=max(config.steps or 0, trained.step),
+        force=force,
+    )
 
 
-def finish(run: Run, trained: Trained, step: int) -> None:
+def finish(run: Run, trained: Trained) -> None:
     """hf/ and adapter/ of a run that is at its last step, unless they are already of this one."""
-    config, tuning = configs.load(run.config), trained.tuning
+    config, tuning, step = configs.load(run.config), trained.tuning, trained.step
     has_adapter = isinstance(tuning, OnWeights)
-    wanted = [run.hf] * config.export_hf + [run.adapter] * has_adapter
+    has_weights = config.export_hf and not tuning.virtual_tokens
+    wanted = [run.hf] * has_weights + [run.adapter] * has_adapter
     done = exported_step(run) == step and all(folder.is_dir() for folder in wanted)
     if not wanted or processes.exchange(done)[0]:
         return
     if has_adapter:
         write_adapter(run, trained, run.adapter.resolve(), force=True)
         log.info("export: %s (step %d, the adapter)", run.adapter, step)
-    if config.export_hf:
+    if has_weights:
         params = merged(tuning, trained.params, trained.frozen)
         model = restacked(trained.model, tuning.base)
         write(run, Loaded(model, params, run.model), run.hf.resolve(), force=True)

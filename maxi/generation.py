@@ -6,7 +6,8 @@
 
 What a token sees is decided by positions and segments (see `decoder.Cache`), so prompts of different lengths share
 a batch, the new tokens of all rows go into the same slot, and a row's tokens do not depend on the rows beside it.
-Lengths are rounded up, so that few shapes are ever compiled. `stream_tokens` knows no text.
+A model with virtual tokens reads them before every prompt. Lengths are rounded up, so that few shapes are ever compiled.
+`stream_tokens` knows no text.
 
 What is continued is a text, ids, or a conversation that a chat template renders. The terminal is `chat.py`'s matter.
 """
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maxi.adapters import virtual
 from maxi.errors import ConfigError, ModelFolderError, NumericsError
 from maxi.models import Model, decoder
 from maxi.models.decoder import Cache, Compute
@@ -179,11 +181,12 @@ def logits(loaded: "Loaded", tokens: Sequence[Sequence[int]], compute: Compute |
     _check_ids(model, tokens)
     if len(lengths := sorted({len(row) for row in tokens})) > 1:
         raise ConfigError(f"rows of {lengths[0]} to {lengths[-1]} tokens", "logits", "give rows of equal length")
-    T = lengths[0]
+    before = virtual.count(params)
+    T = before + lengths[0]
     tokens_BT = np.zeros((len(tokens), _width(T)), np.int32)
-    tokens_BT[:, :T] = tokens
+    tokens_BT[:, before:T] = tokens
     compute = compute or Compute(dtype=params["embed"].dtype)
-    return np.asarray(_logits(Same(model), compute, params, tokens_BT, np.int32(T)))[:, :T]
+    return np.asarray(_logits(Same(model), compute, params, tokens_BT, np.int32(T)))[:, before:T]
 
 
 def stream_tokens(
@@ -202,7 +205,7 @@ def stream_tokens(
     NumericsError when logits are not finite; warns when positions go beyond what the model was made for.
     """
     _check_ids(model, prompts)
-    longest = max(len(prompt) for prompt in prompts) + sampling.max_new_tokens
+    longest = virtual.count(params) + max(len(prompt) for prompt in prompts) + sampling.max_new_tokens
     if longest > model.rope.max_position:
         log.warning(
             "generate: up to %d tokens, but the model's max_position_embeddings is %d; text may degrade beyond",
@@ -312,14 +315,14 @@ def _start(
     model: Model, params: Tree, prompts: Sequence[Sequence[int]], sampling: Sampling, compute: Compute
 ) -> tuple[jax.Array, Cache, _Rows]:
     """Logits [B, V] after the prompts, the filled cache, and the rows before their first token."""
-    count, parts = len(prompts), shards("B")
+    count, parts, before = len(prompts), shards("B"), virtual.count(params)
     B = -(-count // parts) * parts  # rows beyond `count` only fill the mesh
-    lengths_B = np.array([len(prompt) for prompt in prompts] + [1] * (B - count), np.int32)
+    lengths_B = np.array([before + len(prompt) for prompt in prompts] + [1] * (B - count), np.int32)
     width = _width(int(lengths_B.max()))
     tokens_BT = np.zeros((B, width), np.int32)
     seen_BV = np.zeros((B, model.vocab_size), bool) if sampling.repetition_penalty != 1 else None
     for row, prompt in enumerate(prompts):
-        tokens_BT[row, : len(prompt)] = prompt
+        tokens_BT[row, before : lengths_B[row]] = prompt
         if seen_BV is not None:
             seen_BV[row, list(prompt)] = True
     slots = -(-(width + sampling.max_new_tokens) // CACHE_STEP) * CACHE_STEP

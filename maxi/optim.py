@@ -18,6 +18,9 @@ MUON_RMS = 0.2
 (Moonlight, arXiv:2502.16982, section 2.2)."""
 
 
+Around = Callable[[optax.GradientTransformation, optax.GradientTransformation], optax.GradientTransformation]
+
+
 def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     """Learning rate at each step from 0: linear warm-up from 0, then the configured shape, ending at step `steps`."""
     warmup = config.warmup_steps if config.warmup_steps is not None else round((config.warmup_ratio or 0) * steps)
@@ -38,22 +41,28 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([ramp, after], [warmup])
 
 
-def optimizer(config: OptimConfig, table: Table, rate: optax.Schedule) -> optax.GradientTransformation:
-    """Clipping, AdamW (arXiv:1711.05101) or Muon (Jordan et al., 2024) with AdamW, weight decay, learning rate."""
+def optimizer(
+    config: OptimConfig, table: Table, rate: optax.Schedule, around: Around | None = None
+) -> optax.GradientTransformation:
+    """Clipping, AdamW (arXiv:1711.05101) or Muon (Jordan et al., 2024) with AdamW, weight decay, learning rate.
+
+    `around` puts clipping and the rest together where something stands before, between and after them.
+    """
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
     if config.name == "muon":
         labels = table.map(lambda _, param: "muon" if _is_muon(param) else "adam")
         direction = optax.partition({"muon": _muon(table), "adam": adam}, labels)
     else:
         direction = adam
-    parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    parts += [direction]
+    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    parts = [direction]
     if config.weight_decay:
         parts += [optax.add_decayed_weights(config.weight_decay, decay_mask(table, config.decay_embeddings))]
     if any(param.rate != 1 for param in table.params.values()):
         rates = table.map(lambda _, param: param.rate)
         parts += [optax.stateless(lambda updates, _: jax.tree.map(operator.mul, updates, rates))]
-    return optax.chain(*parts, optax.scale_by_learning_rate(rate))
+    parts += [optax.scale_by_learning_rate(rate)]
+    return around(optax.chain(*clip), optax.chain(*parts)) if around else optax.chain(*clip, *parts)
 
 
 def _muon(table: Table) -> optax.GradientTransformation:

@@ -1,6 +1,6 @@
 """A MODEL argument, which everywhere may be a Hugging Face folder, a run folder or an adapter in peft's format, to weights
 in memory. Of what trained an adapter beside a base, or part of it, the base is read from where the run took it, and the
-result is whole: weights of the base's shapes with what was learned in them."""
+result is whole: weights of the base's shapes with what was learned in them, or with virtual tokens beside them."""
 
 import hashlib
 import logging
@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from maxi import adapters, hf, processes
-from maxi.adapters import Tuning
+from maxi.adapters import Tuning, virtual
+from maxi.adapters.weight import cast
 from maxi.adapters.weights import START
 from maxi.checkpoint import Checkpoints, abstract_state
 from maxi.config import load
@@ -84,19 +85,37 @@ def open_model(path: str | Path, step: int | None = None, dtype: Any = "float32"
         model, params = hf.read(folder, dtype=dtype, mesh=mesh)
         return Loaded(model, params, folder)
     trained = open_trained(path, step, mesh)
-    params = trained.tuning.merged(trained.params, trained.frozen)
-    if dtype is not None:
-        params = jax.tree.map(lambda w: w.astype(dtype), params)
+    params = _together(trained.tuning, trained.params, trained.frozen, dtype)
     return Loaded(trained.model, params, folder)
 
 
+def open_plain(path: str | Path, mesh: Mesh | None = None) -> Loaded:
+    """A MODEL, float32, whose weights are all there is to it: to start from, or to compare with. Raises as `open_model`
+    does, and ModelFolderError for one with virtual tokens."""
+    opened = open_model(path, mesh=mesh)
+    if virtual.count(opened.params):
+        fix = "name the model that it was trained on"
+        raise ModelFolderError("a model with virtual tokens cannot be started from or compared with", str(path), fix)
+    return opened
+
+
+def _together(tuning: Tuning, params: Tree, frozen: Tree, dtype: Any) -> Tree:
+    """Whole weights with what was learned in them; virtual tokens, which are no part of weights, beside them."""
+    if tuning.virtual_tokens:
+        joined = tuning.join(params, frozen)
+        return joined if dtype is None else cast(joined, dtype)
+    merged = tuning.merged(params, frozen)
+    return merged if dtype is None else jax.tree.map(lambda w: w.astype(dtype), merged)
+
+
 class Trained(NamedTuple):
-    """What a run's checkpoint holds, and what stayed beside it; `model` is of the base's table."""
+    """What a run's checkpoint of `step` holds, and what stayed beside it; `model` is of the base's table."""
 
     model: Model
     tuning: Tuning
     params: Tree
     frozen: Tree
+    step: int
 
 
 def open_trained(path: str | Path, step: int | None = None, mesh: Mesh | None = None) -> Trained:
@@ -109,7 +128,7 @@ def open_trained(path: str | Path, step: int | None = None, mesh: Mesh | None = 
     where = shardings(tuning.table, mesh) if mesh else tuning.table.map(lambda *_: one)
     params = checkpoints.restore_weights(found, abstract_state(abstract(tuning.table), where))
     checkpoints.close()
-    return Trained(model, tuning, params, open_frozen(tuning, config.model.init_from, run, mesh))
+    return Trained(model, tuning, params, open_frozen(tuning, config.model.init_from, run, mesh), found)
 
 
 def open_frozen(tuning: Tuning, init_from: str | None, run: Run, mesh: Mesh | None = None) -> Tree:
@@ -144,10 +163,10 @@ def open_base(
 
 
 def _open_each(path: str, mesh: Mesh | None, each: Callable[[str, jax.Array], Any]) -> Tree:
-    """`open_model`'s weights, float32, passed through `each`; those of a folder are read one by one."""
+    """`open_plain`'s weights, float32, passed through `each`; those of a folder are read one by one."""
     if not Run.is_run(path) and not peft.is_adapter(path):
         return hf.read(model_folder(path), dtype="float32", mesh=mesh, each=each)[1]
-    opened = open_model(path, mesh=mesh)
+    opened = open_plain(path, mesh)
     return opened.model.table.map(lambda name, _: each(name, get(opened.params, name)))
 
 
@@ -174,11 +193,11 @@ def with_start(tuning: Tuning, frozen: Tree, run: Run, mesh: Mesh | None = None,
 
 def _open_adapter(settings: peft.Settings, dtype: Any, mesh: Mesh | None) -> Loaded:
     """A base with an adapter in peft's format, merged."""
-    base = open_model(_base_name(settings), mesh=mesh)
+    base = open_plain(_base_name(settings), mesh)
     tuning = peft.tuning_of(settings, base.model.table)
-    params = tuning.merged(peft.read(settings, tuning), tuning.fix(base.params))
+    params = _together(tuning, peft.read(settings, tuning), tuning.fix(base.params), dtype)
     tokenizer = settings.folder if any(settings.folder.glob("tokenizer*.json")) else base.folder
-    return Loaded(base.model, params if dtype is None else jax.tree.map(lambda w: w.astype(dtype), params), tokenizer)
+    return Loaded(base.model, params, tokenizer)
 
 
 def _base_name(settings: peft.Settings) -> str:

@@ -141,7 +141,7 @@ def build(
     chosen = choose_compute(compute, model, getattr(adapter, "quantise", "none") != "none")
     tuning = adapters.build(model.table, freeze, dtype=chosen.dtype, **asdict(adapter))
     rate = optim.schedule(optimizer, total)
-    update = optim.optimizer(optimizer, tuning.table, rate)
+    update = optim.optimizer(optimizer, tuning.table, rate, adapters.around(tuning, total))
     spikes = steps.Spikes(optimizer.spike_zscore, optimizer.spike_window) if optimizer.spike_zscore else None
     return Program(
         model=restacked(model, tuning.whole),

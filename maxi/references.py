@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from maxi import faults, processes
+from maxi.adapters import virtual
 from maxi.data import cache
 from maxi.data.loader import Opened, stack
 from maxi.data.sample_rows import PairRows
@@ -97,12 +98,13 @@ def attach(
     """Gives the rows of every source their reference log-probabilities, from disk or computed now.
 
     weights: the fingerprint of the reference; params: its weights, asked for only when something has to be computed.
-    batch_size: rows at a time. Raises EnvironmentFault when the folder cannot be written, DataError when a
-    log-probability is not finite.
+    batch_size: rows at a time. Of virtual tokens, where rows have places for them, the reference knows nothing. Raises
+    EnvironmentFault when the folder cannot be written, DataError when a log-probability is not finite.
     """
     folder = Path(cache_dir).expanduser() / "references" if cache_dir else cache.default_dir().parent / "references"
     found: Tree | None = None
-    of_batch = jax.jit(partial(_of_batch, model, compute))  # rows of all sources have one shape, so it compiles once
+    # rows of all sources have one shape, so it compiles once
+    of_batch = jax.jit(partial(_of_batch, model, compute), static_argnames="virtual_tokens")
     for entry in opened:
         rows = entry.rows
         assert isinstance(rows, PairRows)
@@ -114,12 +116,13 @@ def attach(
             log.info("reference: %s, %d pairs from the cache", entry.source.path, len(rows.sizes))
             continue
         found = params() if found is None else found
-        rows.reference = _compute(entry, rows, partial(of_batch, found), devices, batch_size)
+        rows.reference = _compute(entry, rows, partial(of_batch, found, virtual_tokens=rows.virtual), devices, batch_size)
         _write(file, rows.reference)
 
 
 def _key(entry: Opened, rows: PairRows, weights: str, model: Model, compute: Compute) -> str:
     made_of = [weights, _architecture(model), entry.cache.fingerprint, rows.width, jnp.dtype(compute.dtype).name]
+    made_of += [rows.virtual] if rows.virtual else []  # they leave answers of other rows (KTO) less room
     return hashlib.sha256(json.dumps([FORMAT, *made_of]).encode()).hexdigest()[:32]
 
 
@@ -176,5 +179,6 @@ def _compute(
     return values
 
 
-def _of_batch(model: Model, compute: Compute, params: Tree, batch: Batch) -> jax.Array:
+def _of_batch(model: Model, compute: Compute, params: Tree, batch: Batch, virtual_tokens: int) -> jax.Array:
+    batch = virtual.without(batch, virtual_tokens)
     return jnp.stack(branch_logprobs(decoder.logprobs(model, params, batch, compute)[0], batch), -1)

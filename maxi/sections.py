@@ -229,6 +229,40 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class AdaLoraConfig:
+    """Low-rank changes whose ranks go where they matter (AdaLoRA, arXiv:2303.10512)."""
+
+    kind: Literal["adalora"] = "adalora"
+    """What is learned beside the weights."""
+    init_r: Annotated[int, Field(ge=1, le=4096)] = 12
+    """The rank of each change at the beginning; half as much again as target_r is usual."""
+    target_r: Count = 8
+    """The mean rank at the end."""
+    alpha: Positive = 32.0
+    """Changes are scaled by alpha / init_r."""
+    targets: str | Annotated[tuple[str, ...], Field(min_length=1)] = "all"
+    """Which projections: all, or a list such as [q_proj, v_proj]."""
+    dropout: Beta = 0.0
+    """The share of inputs to the change that a training step zeroes."""
+    tinit: Natural = 0
+    """Steps before ranks begin to fall."""
+    tfinal: Natural = 0
+    """Steps at the end in which ranks stay."""
+    delta_t: Count = 1
+    """Steps between two allocations of ranks."""
+    beta1: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    """Smoothing of a number's sensitivity."""
+    beta2: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    """Smoothing of how much that varies."""
+    orth_reg_weight: NonNegative = 0.5
+    """Weight of the term that holds the vectors of a change orthogonal; it is not in the losses that are shown."""
+    quantise: Literal["none", "int8", "nf4"] = "none"
+    """How the frozen projections are kept: as they are computed with, in 8 or in 4 bits (QLoRA, arXiv:2305.14314)."""
+    init_from: str | None = None
+    """A folder with an adapter that peft or maxi wrote, to go on from; init_r, alpha and targets must be its own."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class IA3Config:
     """Factors on what projections give (IA3, arXiv:2205.05638)."""
 
@@ -242,7 +276,47 @@ class IA3Config:
     """A folder with an adapter that peft or maxi wrote, to go on from; targets must be its own."""
 
 
-AdapterConfig = Annotated[FullConfig | LoraConfig | IA3Config, Field(discriminator="kind")]
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PromptConfig:
+    """Embeddings before every document (prompt tuning, arXiv:2104.08691)."""
+
+    kind: Literal["prompt"] = "prompt"
+    """What is learned beside the weights."""
+    virtual_tokens: Count = 20
+    """How many, before every document or conversation; they take their places from seq_len."""
+    init: Literal["vocab", "random", "text"] = "vocab"
+    """First values: embeddings of tokens drawn from the vocabulary, random numbers, or the embeddings of init_text."""
+    init_text: str | None = None
+    """The text for init text, from its beginning again where it has fewer tokens."""
+    quantise: Literal["none", "int8", "nf4"] = "none"
+    """How the frozen projections are kept: as they are computed with, in 8 or in 4 bits (QLoRA, arXiv:2305.14314)."""
+    init_from: str | None = None
+    """A folder with an adapter that peft or maxi wrote, to go on from; virtual_tokens must be its own."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PrefixConfig:
+    """Keys and values before every document, in every layer (prefix tuning, arXiv:2101.00190)."""
+
+    kind: Literal["prefix"] = "prefix"
+    """What is learned beside the weights."""
+    virtual_tokens: Count = 20
+    """How many, before every document or conversation; they take their places from seq_len."""
+    init: Literal["random", "zero"] = "random"
+    """First values."""
+    projection: bool = False
+    """Learn a network that gives them, steadier and larger; what it gives is exported, and the network is not."""
+    encoder_hidden_size: Count | None = None
+    """Its width; default: that of a layer's keys."""
+    quantise: Literal["none", "int8", "nf4"] = "none"
+    """How the frozen projections are kept: as they are computed with, in 8 or in 4 bits (QLoRA, arXiv:2305.14314)."""
+    init_from: str | None = None
+    """A folder with an adapter that peft or maxi wrote, to go on from; virtual_tokens must be its own."""
+
+
+AdapterConfig = Annotated[
+    FullConfig | LoraConfig | AdaLoraConfig | IA3Config | PromptConfig | PrefixConfig, Field(discriminator="kind")
+]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -125,7 +125,7 @@ def train(config: Config, resume: Resume = AS_BEFORE) -> Summary:
                 state = _steps(job, state, frozen, start, recorder, checkpoints, stop)
         with events.phase("export"):
             params = state.params if state.ema is None else state.ema
-            exports.finish(run, Trained(job.model, job.program.tuning, params, frozen), job.total)
+            exports.finish(run, Trained(job.model, job.program.tuning, params, frozen, job.total))
         return _summary(job, recorder)
 
 
@@ -159,7 +159,8 @@ def _prepare(config: Config, run: Run, resume: Resume) -> Job:
         references.check(config.model.reference, model, tokenizer)
 
     with open_template(objective.rows, config.chat, tokenizer) as template:
-        content = content_of(objective.rows, config.data, config.chat, tokenizer, template, config.seq_len)
+        virtual = getattr(config.adapter, "virtual_tokens", 0)
+        content = content_of(objective.rows, config.data, config.chat, tokenizer, template, config.seq_len, virtual)
         with processes.in_turn(Path(config.data.cache_dir or cache.default_dir()).expanduser()):
             data = open_data(config.data, content, batch_size=config.batch_size, seed=config.seed, log=log.info)
         batches, eval_rows = data
@@ -279,7 +280,7 @@ def _attach_reference(job: Job, frozen: Tree, first: State | None) -> None:
 
     def weights() -> Any:
         if config.model.reference:
-            return pretrained.open_model(config.model.reference, mesh=job.devices).params
+            return pretrained.open_plain(config.model.reference, job.devices).params
         start = partial(starting.first_values, config, job.program, job.run, job.adapter)
         return job.program.tuning.off(lambda: first.params if first else start()[0], frozen)
 
@@ -453,5 +454,5 @@ def _summary(job: Job, recorder: Recorder) -> Summary:
         before=evals[0] if evals else {},
         after=evals[-1] if evals else {},
         tokens_per_s=rates[len(rates) // 2] if rates else None,
-        export=str(job.run.hf) if job.config.export_hf else None,
+        export=str(job.run.hf) if job.config.export_hf and not job.program.tuning.virtual_tokens else None,
     )

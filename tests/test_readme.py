@@ -139,7 +139,8 @@ def test_examples_of_values_are_accepted() -> None:
         key, equals, _ = text.partition("=")
         if equals and key in KEYS:
             name = "dpo" if key.startswith("objective.loss_type") else "sft" if key.startswith("chat.") else "pretrain"
-            beside = {"adapter": ["model.init_from=MODEL", "adapter=lora"], "freeze": ["model.init_from=MODEL"]}
+            kind = "prefix" if key == "adapter.projection" else "lora"
+            beside = {"adapter": ["model.init_from=MODEL", f"adapter={kind}"], "freeze": ["model.init_from=MODEL"]}
             needed = beside.get(key.split(".")[0], [])
             config.load(ROOT / "configs/quickstart.yaml", ["batch_size=8", f"objective={name}", *needed, text])
 

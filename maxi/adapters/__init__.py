@@ -2,7 +2,9 @@
 
     weight.py      a frozen weight with something learned beside it, and how a projection applies it
     lora.py        LoRA, rsLoRA, LoRA+, PiSSA, DoRA
+    adalora.py     AdaLoRA
     ia3.py         (IA)3
+    virtual.py     virtual tokens before each document; prompt.py, as embeddings; prefix.py, as keys and values
     quantised.py   frozen weights in 4 or 8 bits
     partial.py     some of the model's own weights
     targets.py     which weights
@@ -13,7 +15,7 @@ gradient, no copy. `join` puts both together into the tree that the decoder read
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -21,17 +23,33 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from maxi import optim
+from maxi.adapters import adalora, prefix
+from maxi.adapters.adalora import AdaLora
 from maxi.adapters.ia3 import IA3
 from maxi.adapters.lora import Lora
 from maxi.adapters.partial import Partial
+from maxi.adapters.prefix import FromNetwork, Prefix
+from maxi.adapters.prompt import Prompt
 from maxi.adapters.quantised import Quantised, block_of
 from maxi.adapters.targets import check_pattern, chosen, projections
+from maxi.adapters.weight import Kind
 from maxi.adapters.weights import START, OnWeights
 from maxi.errors import ConfigError
 from maxi.params import Param, Table, Tree, abstract, get, matmul_flops_per_token, shardings
 from maxi.sharding import axes_of, weight_spec
 
-__all__ = ["Full", "OnWeights", "Partial", "Tuning", "build", "frozen_bytes", "frozen_shardings", "spared_flops"]
+__all__ = ["Full", "OnWeights", "Partial", "Tuning", "around", "build", "frozen_bytes", "frozen_shardings", "spared_flops"]
+
+
+KINDS: Mapping[str, Callable[..., Kind]] = {
+    "lora": Lora,
+    "adalora": adalora.build,
+    "ia3": IA3,
+    "prompt": Prompt,
+    "prefix": Prefix,
+}
+"""Name in the config -> what stands beside weights; its fields are the adapter's options."""
 
 
 class Tuning(Protocol):
@@ -70,6 +88,11 @@ class Tuning(Protocol):
     @property
     def keeps_start(self) -> bool:
         """Whether what is frozen holds the adapter's first values too."""
+        ...
+
+    @property
+    def virtual_tokens(self) -> int:
+        """How many virtual tokens stand before each document; where there are some, `merged` cannot be had."""
         ...
 
     @property
@@ -113,6 +136,7 @@ class Full:
     starts_from_base = True
     needs_noise = False
     keeps_start = False
+    virtual_tokens = 0
 
     @property
     def table(self) -> Table:
@@ -156,26 +180,50 @@ def build(
     quantise: str = "none",
     dtype: Any = jnp.float32,
     init_from: str | None = None,
+    init_text: str | None = None,
+    projection: bool = False,
+    encoder_hidden_size: int | None = None,
     **options: Any,
 ) -> Tuning:
     """The tuning that the sections `adapter` and `freeze` ask for; `dtype` is that of the computation. Raises ConfigError."""
-    del init_from  # says which values it begins with, not what it is
+    del init_from, init_text  # say which values it begins with, not what it is
     if freeze:
         return Partial(base, tuple(freeze))
     if kind == "none":
         return Full(base)
-    paths = chosen(base, [targets] if isinstance(targets, str) else targets, "adapter.targets")
     if quantise != "none" and (odd := [path for path in projections(base) if block_of(base.shape(path)[-1]) is None]):
         what = f"{odd[0]} cannot be quantised, its last dimension is {base.shape(odd[0])[-1]}"
         raise ConfigError(what, "adapter.quantise", "set it to none")
     for name in ("rank_pattern", "alpha_pattern"):
         if options.get(name):
-            check_pattern(base, paths, tuple(options[name].items()), f"adapter.{name}")
+            check_pattern(base, _targets(base, targets), tuple(options[name].items()), f"adapter.{name}")
             options = {**options, name: tuple(options[name].items())}
         else:
             options.pop(name, None)
-    made = {"lora": Lora, "ia3": IA3}[kind](**options)
-    return OnWeights(base, paths, made, dtype, None if quantise == "none" else quantise)  # type: ignore[arg-type]
+    made: Kind = KINDS[kind](**options)
+    precision: Any = None if quantise == "none" else quantise
+    if isinstance(made, Prompt):
+        return OnWeights(base, ("embed",), made, dtype, precision)
+    if isinstance(made, Prefix) and projection:
+        width = encoder_hidden_size or base.sizes["K"] * base.sizes["H"]
+        return FromNetwork(base, prefix.targets(base), made, dtype, precision, width)
+    if isinstance(made, Prefix):
+        return OnWeights(base, prefix.targets(base), made, dtype, precision)
+    return OnWeights(base, _targets(base, targets), made, dtype, precision)
+
+
+def _targets(base: Table, targets: Sequence[str] | str) -> tuple[str, ...]:
+    return chosen(base, [targets] if isinstance(targets, str) else targets, "adapter.targets")
+
+
+def around(tuning: Tuning, total: int) -> optim.Around | None:
+    """What stands around the optimizer's parts in a run of `total` steps, see `maxi.optim.optimizer`. Raises ConfigError."""
+    kind = getattr(tuning, "kind", None)
+    if not isinstance(kind, AdaLora):
+        return None
+    schedule = kind.schedule
+    assert schedule is not None
+    return lambda before, after: adalora.allocating(schedule, tuning.table, total, before, after)
 
 
 def spared_flops(tuning: Tuning) -> int:

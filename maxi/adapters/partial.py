@@ -27,6 +27,7 @@ class Partial:
     starts_from_base = True
     needs_noise = False
     keeps_start = False
+    virtual_tokens = 0
 
     @cached_property
     def _frozen(self) -> set[str]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from maxi.adapters.quantised import Precision, Quantised, quantise
 from maxi.adapters.targets import module
+from maxi.adapters.virtual import virtual_tokens
 from maxi.adapters.weight import Adapted, Kind
 from maxi.errors import ConfigError
 from maxi.params import Param, Table, Tree, get, init, put
@@ -60,14 +61,23 @@ class OnWeights:
     def keeps_start(self) -> bool:
         return getattr(self.kind, "init", None) == "pissa"
 
-    @cached_property
+    @property
+    def virtual_tokens(self) -> int:
+        return virtual_tokens(self.kind)
+
+    @property
     def table(self) -> Table:
+        return self._table
+
+    @cached_property
+    def _table(self) -> Table:
         parts = {
             f"{path}.{name}": part
             for path in self.targets
             for name, part in self.kind.parts(path, self.base.params[path]).items()
         }
-        return replace(self.base, params=parts, sizes={**self.base.sizes, **self.kind.sizes()})
+        init_std = getattr(self.kind, "init_std", self.base.init_std)
+        return replace(self.base, params=parts, sizes={**self.base.sizes, **self.kind.sizes()}, init_std=init_std)
 
     def first(self, key: jax.Array, base: Tree) -> Tree:
         def make(key: jax.Array, weights: dict[str, Any]) -> Tree:
@@ -104,6 +114,7 @@ class OnWeights:
         return tree
 
     def merged(self, params: Tree, frozen: Tree) -> Tree:
+        assert not self.virtual_tokens, "they are no part of a weight"
         merge = jax.jit(lambda tree: self.base.map(lambda path, _: _merged(get(tree, path))))
         return merge(self.join(params, frozen))
 

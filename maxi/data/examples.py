@@ -52,14 +52,18 @@ class _Drop(Exception):
 
 
 class Examples:
-    """See `maxi.data.cache.Content`; `template` renders what `tokenizer` then encodes."""
+    """See `maxi.data.cache.Content`; `template` renders what `tokenizer` then encodes. `virtual` places of the `seq_len` are
+    left to virtual tokens, which stand before every conversation."""
 
     has_weights = True
 
-    def __init__(self, kind: Kind, tokenizer: Tokenizer, template: ChatTemplate, chat: ChatConfig, seq_len: int):
+    def __init__(
+        self, kind: Kind, tokenizer: Tokenizer, template: ChatTemplate, chat: ChatConfig, seq_len: int, virtual: int = 0
+    ):
         self.kind, self.vocab_size, self.has_labels = kind, tokenizer.vocab_size, kind == "labels"
         self.noun = {"conversations": "conversations", "preferences": "pairs", "labels": "answers"}[kind]
-        self._tokenizer, self._template, self._chat, self._seq_len = tokenizer, template, chat, seq_len
+        self._tokenizer, self._template, self._chat, self._virtual = tokenizer, template, chat, virtual
+        self._seq_len = seq_len - virtual
         self._control = frozenset(tokenizer.special_tokens.values())
 
     def identity(self, source: Source) -> Any:
@@ -75,9 +79,10 @@ class Examples:
         }
 
     def rows(self, cache: TokenCache, keep_partial: bool) -> Rows:  # noqa: ARG002
+        width, virtual, pack = self._seq_len + self._virtual, self._virtual, self._chat.pack
         if self.kind == "conversations":
-            return SampleRows(cache, self._seq_len, pack=self._chat.pack)
-        return PairRows(cache, self._seq_len, pack=self._chat.pack, share_prompt=self._chat.share_prompt)
+            return SampleRows(cache, width, pack=pack, virtual=virtual)
+        return PairRows(cache, width, pack=pack, share_prompt=self._chat.share_prompt, virtual=virtual)
 
     def items(self, source: Source, budget: Budget, counts: Counts) -> Iterator[Item]:
         tally = Counter(dict.fromkeys(COUNTS, 0))

@@ -213,13 +213,21 @@ def open_template(rows: str, chat: ChatConfig, tokenizer: Tokenizer) -> Iterator
 
 
 def content_of(
-    rows: str, data: DataConfig, chat: ChatConfig, tokenizer: Tokenizer, template: ChatTemplate | None, seq_len: int
+    rows: str,
+    data: DataConfig,
+    chat: ChatConfig,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    seq_len: int,
+    virtual: int = 0,
 ) -> Content:
-    """What sources are made into: `rows` is documents, or conversations, preferences or labels, which need a template."""
+    """What sources are made into: `rows` is documents, or conversations, preferences or labels, which need a template;
+    `virtual` places are left free before each of them (see `sample_rows.py`)."""
     if rows == "documents":
-        return Texts(tokenizer, seq_len=seq_len, across_documents=data.across_documents, processes=data.workers)
+        across = data.across_documents
+        return Texts(tokenizer, seq_len=seq_len, across_documents=across, processes=data.workers, virtual=virtual)
     assert template is not None
-    return Examples(cast(Kind, rows), tokenizer, template, chat, seq_len)
+    return Examples(cast(Kind, rows), tokenizer, template, chat, seq_len, virtual)
 
 
 def pair_rows(opened: Sequence[Opened]) -> list[PairRows]:

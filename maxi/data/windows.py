@@ -1,7 +1,8 @@
 """Documents in windows, and windows in rows: what an evaluation reads, where every token's document must be known.
 
 A window is at most `seq_len` inputs and, one on, their targets, so `seq_len + 1` ids; the next one begins with its last
-id. Windows are packed whole, so a row may hold many. Training reads `rows.py` instead, by random access.
+id. Windows are packed whole, so a row may hold many. Training reads `rows.py` instead, by random access, or beside virtual
+tokens `sample_rows.py`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -55,8 +56,8 @@ def cut(document: int, ids: np.ndarray, seq_len: int) -> Iterator[Window]:
         yield document, ids[first : first + seq_len + 1]
 
 
-def packed(windows: Iterable[Window], seq_len: int, batch_size: int) -> Iterator[Batch]:
-    """Batches [batch_size, seq_len] of whole windows, in an order of its own.
+def packed(windows: Iterable[Window], seq_len: int, batch_size: int, virtual: int = 0) -> Iterator[Batch]:
+    """Batches [batch_size, seq_len] of whole windows, in an order of its own, `virtual` places free before each.
 
     Beside tokens, targets, positions and segments there is `documents`: the number of each token's, -1 for padding.
     All batches have one shape but the last, which is no larger than it must be.
@@ -65,38 +66,44 @@ def packed(windows: Iterable[Window], seq_len: int, batch_size: int) -> Iterator
     held = 0
     for window in windows:
         pool.append(window)
-        held += len(window[1]) - 1
+        held += _size(window, virtual)
         if held >= max(POOL_ROWS, 2 * batch_size) * seq_len:
-            rows = _rows(pool, seq_len)
+            rows = _rows(pool, seq_len, virtual)
             whole = len(rows) // batch_size * batch_size
             for first in range(0, whole, batch_size):
-                yield _batch(rows[first : first + batch_size], batch_size, seq_len)
+                yield _batch(rows[first : first + batch_size], batch_size, seq_len, virtual)
             pool = [window for row in rows[whole:] for window in row]
-            held = sum(len(ids) - 1 for _, ids in pool)
-    rows = _rows(pool, seq_len)
+            held = sum(_size(window, virtual) for window in pool)
+    rows = _rows(pool, seq_len, virtual)
     for first in range(0, len(rows), batch_size):
         some = rows[first : first + batch_size]
         width, height = seq_len, batch_size
         if len(some) < batch_size:
-            longest = max(sum(len(ids) - 1 for _, ids in row) for row in some)
+            longest = max(sum(_size(window, virtual) for window in row) for row in some)
             width = min(seq_len, -(-longest // WIDTH_STEP) * WIDTH_STEP)
             height = min(batch_size, 1 << (len(some) - 1).bit_length())
-        yield _batch(some, height, width)
+        yield _batch(some, height, width, virtual)
 
 
-def _rows(windows: list[Window], seq_len: int) -> list[list[Window]]:
-    return [[windows[index] for index in row] for row in best_fit([len(ids) - 1 for _, ids in windows], seq_len)]
+def _size(window: Window, virtual: int) -> int:
+    return len(window[1]) - 1 + virtual
 
 
-def _batch(rows: list[list[Window]], B: int, T: int) -> Batch:
+def _rows(windows: list[Window], seq_len: int, virtual: int) -> list[list[Window]]:
+    sizes = [_size(window, virtual) for window in windows]
+    return [[windows[index] for index in row] for row in best_fit(sizes, seq_len)]
+
+
+def _batch(rows: list[list[Window]], B: int, T: int, virtual: int) -> Batch:
     batch = {name: np.zeros((B, T), np.int32) for name in ("tokens", "targets", "positions", "segments")}
     batch["documents"] = np.full((B, T), -1, np.int32)
     for number, row in enumerate(rows):
-        at = 0
+        begin = 0
         for segment, (document, ids) in enumerate(row, 1):
-            here = slice(at, at + len(ids) - 1)
+            here = slice(begin + virtual, begin + virtual + len(ids) - 1)
             batch["tokens"][number, here], batch["targets"][number, here] = ids[:-1], ids[1:]
-            batch["positions"][number, here] = np.arange(len(ids) - 1)
-            batch["segments"][number, here], batch["documents"][number, here] = segment, document
-            at = here.stop
+            batch["documents"][number, here] = document
+            batch["positions"][number, begin : here.stop] = np.arange(here.stop - begin)
+            batch["segments"][number, begin : here.stop] = segment
+            begin = here.stop
     return batch

@@ -25,6 +25,8 @@ from maxi.sharding import axes_of, weight_spec
 Remat = Literal["none", "dots", "full"]
 REMATS: tuple[Remat, ...] = ("none", "dots", "full")
 """From the most memory to the most work."""
+ANY_STEPS = 1 << 30
+"""How many steps a run takes, where only what it keeps is asked for."""
 STATE_BYTES = 4
 """Weights and moments are float32."""
 
@@ -200,13 +202,13 @@ def work_of(
     """The work of a run. `sums_tokens`: the objective is a weighted sum over tokens, as pretraining and SFT are; `tuning` says
     what of the model is trained, by default all."""
     tuning = tuning or adapters.Full(model.table)
-    whole, arrays = restacked(model, tuning.whole), state_arrays(tuning.table, optimizer)
+    whole, arrays = restacked(model, tuning.whole), state_arrays(tuning.table, optimizer, adapters.around(tuning, ANY_STEPS))
     return Work(whole, tuning, arrays, batch_size, width, dtype_bytes, sums_tokens)
 
 
-def state_arrays(table: Table, config: OptimConfig) -> dict[str, int]:
+def state_arrays(table: Table, config: OptimConfig, around: optim.Around | None = None) -> dict[str, int]:
     """Weight -> how many arrays of its shape the state of a run holds, by asking the optimizer."""
-    update = optim.optimizer(config, table, optim.schedule(config, 1))
+    update = optim.optimizer(config, table, optim.schedule(config, 1), around)
     shapes = jax.eval_shape(lambda: update.init(init(table, jax.random.key(0))))
     moments: Counter[str] = Counter()
 

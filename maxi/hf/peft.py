@@ -1,7 +1,8 @@
 """Adapters in peft's format: a folder of adapter_config.json and adapter_model.safetensors, in and out, without peft.
 
-Names and layouts of the tensors stand in the table of what is trained (`maxi.adapters`). Where modules have ranks of their
-own, a smaller one is filled up on the way in and cut off on the way out. Written for peft 0.21.
+Names and layouts of the tensors stand in the table of what is trained (`maxi.adapters`), but for those of virtual tokens
+(`peft_virtual.py`). Where modules have ranks of their own, a smaller one is filled up on the way in and cut off on the way
+out. Written for peft 0.21.
 """
 
 import re
@@ -18,12 +19,16 @@ from safetensors.numpy import save_file
 
 from maxi import processes
 from maxi.adapters import OnWeights
+from maxi.adapters.adalora import AdaLora
 from maxi.adapters.ia3 import FEEDFORWARD, IA3
 from maxi.adapters.lora import PREFIX, Lora
+from maxi.adapters.prefix import FromNetwork, Prefix
+from maxi.adapters.prompt import Prompt
 from maxi.adapters.targets import module
 from maxi.adapters.weights import START
 from maxi.data.tokenizer import Tokenizer
 from maxi.errors import ConfigError, EnvironmentFault, ModelFolderError, NumericsError
+from maxi.hf import peft_adalora, peft_virtual
 from maxi.hf.exporter import check_target, publish, write_json
 from maxi.hf.folder import ADAPTER, ADAPTER_WEIGHTS, DTYPES, Stored, read_json, tensors_in
 from maxi.params import Table, Tree, from_hf, get, put, to_hf
@@ -33,6 +38,15 @@ PICKLED = "adapter_model.bin"
 _PLAIN = re.compile(r"[A-Za-z0-9_.]{1,200}")
 _UNSUPPORTED = ("lora_bias", "use_qalora", "use_bdlora", "modules_to_save", "layer_replication", "target_parameters")
 """Fields of adapter_config.json that would change what is computed."""
+KINDS = ("LORA", "ADALORA", "IA3", *peft_virtual.KINDS)
+"""The peft_type of what can be read."""
+OWN: Mapping[type, Mapping[str, str]] = {
+    Lora: {name: name for name in ("rank", "alpha", "rslora", "dora", "rank_pattern", "alpha_pattern")},
+    AdaLora: {"init_r": "rank", "alpha": "alpha"},
+    Prompt: {"virtual_tokens": "virtual_tokens"},
+    Prefix: {"virtual_tokens": "virtual_tokens"},
+}
+"""What a configuration has to say of an adapter as it is: key -> the kind's name for it."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +74,8 @@ def open_adapter(folder: str | Path) -> Settings:
         raise ModelFolderError("no such adapter folder", str(path), f"give the folder that holds {ADAPTER}")
     fields = read_json(path, ADAPTER)
     kind = fields.get("peft_type")
-    if kind not in ("LORA", "IA3"):
-        raise ModelFolderError(f"unsupported: peft_type {kind!r}", str(path / ADAPTER), "LORA and IA3 can be read")
+    if kind not in KINDS:
+        raise ModelFolderError(f"unsupported: peft_type {kind!r}", str(path / ADAPTER), f"{', '.join(KINDS)} can be read")
     for name in _UNSUPPORTED:
         if fields.get(name):
             raise ModelFolderError(f"unsupported: {name} {fields[name]!r}", str(path / ADAPTER), "train it without")
@@ -78,6 +92,8 @@ def open_adapter(folder: str | Path) -> Settings:
 
 def tuning_of(settings: Settings, base: Table, dtype: Any = jnp.float32) -> OnWeights:
     """The adapter that a folder holds, for a base of this table. Raises ModelFolderError where it does not fit."""
+    if settings.fields["peft_type"] in peft_virtual.KINDS:
+        return peft_virtual.tuning_of(str(settings.folder), settings.fields, base, dtype)
     fields, modules = settings.fields, {_module_of(name) for name in settings.stored}
     known = {name.removesuffix(".weight"): path for name, path, _ in base.hf_tensors()}
     if strangers := sorted(modules - set(known)):
@@ -86,6 +102,8 @@ def tuning_of(settings: Settings, base: Table, dtype: Any = jnp.float32) -> OnWe
     paths = tuple(path for path in base.params if path in {known[name] for name in modules})
     if fields["peft_type"] == "IA3":
         return OnWeights(base, paths, IA3(), dtype)
+    if fields["peft_type"] == "ADALORA":
+        return OnWeights(base, paths, peft_adalora.kind_of(str(settings.folder), fields), dtype)
     return OnWeights(base, paths, _lora(settings), dtype)
 
 
@@ -113,8 +131,8 @@ def check_same(settings: Settings, wanted: OnWeights) -> None:
     if type(found.kind) is not type(wanted.kind):
         what = f"the adapter is {settings.fields['peft_type']}, not {type(wanted.kind).__name__}"
         raise ConfigError(what, str(settings.folder), "set adapter.kind to its own")
-    for name in ("rank", "alpha", "rslora", "dora", "rank_pattern", "alpha_pattern") if isinstance(wanted.kind, Lora) else ():
-        theirs, ours = getattr(found.kind, name), getattr(wanted.kind, name)
+    for name, field in OWN.get(type(wanted.kind), {}).items():
+        theirs, ours = getattr(found.kind, field), getattr(wanted.kind, field)
         if theirs != ours:
             ours, theirs = (_shown(value) for value in (ours, theirs))
             what = f"adapter.{name} is {ours}, but that of the adapter is {theirs}"
@@ -138,6 +156,8 @@ def read(settings: Settings, tuning: OnWeights) -> Tree:
 
     Raises ModelFolderError for tensors that are missing, not finite or of another shape than the base asks for.
     """
+    if tuning.virtual_tokens:
+        return peft_virtual.read(str(settings.folder), settings.stored, tuning)
     table, kind = tuning.table, tuning.kind
     tree: Tree = {}
     for path, param in table.params.items():  # what a layer without a tensor has changes nothing, and zeros learn nothing
@@ -201,12 +221,16 @@ def write(
     base_name: str,
     tokenizer: Tokenizer | None = None,
     card: str = "",
+    steps: int = 0,
     force: bool = False,
 ) -> Path:
-    """Writes the adapter as peft does, float32, with the tokenizer's files; `base_name` is what peft will load it onto.
+    """Writes the adapter as peft does, float32, with the tokenizer's files; `base_name` is what peft will load it onto, and
+    `steps` are those of the run.
 
     Of several processes the first writes; all of them hand over their parts. Raises as `maxi.hf.write` does.
     """
+    if isinstance(tuning, FromNetwork):
+        tuning, params = tuning.plain, jax.jit(tuning.given)(params)
     params, start = jax.tree.map(fetch, (params, frozen.get(START)))
     if not processes.is_first():
         processes.barrier()
@@ -214,20 +238,20 @@ def write(
     out = check_target(out, force)
     if tuning.keeps_start:
         tuning, params = _doubled(tuning, params, start)
-    table = tuning.table
-    found: dict[str, np.ndarray] = {}
-    for name, path, number in table.hf_tensors():
-        leaf = get(params, path)
-        value = np.asarray(leaf if number is None else leaf[number], np.float32)
+    found = peft_virtual.tensors(tuning, params) if tuning.virtual_tokens else _tensors(tuning, params)
+    for name, value in found.items():
         if not np.isfinite(value).all():
-            raise NumericsError(f"{name} holds NaN or Inf", path, "export an earlier checkpoint")
-        found[name] = np.ascontiguousarray(_cut(tuning, name, path, to_hf(table.params[path], value)))
+            raise NumericsError(f"{name} holds NaN or Inf", base_name, "export an earlier checkpoint")
+    own: dict[str, Any] = {}
+    if isinstance(tuning.kind, AdaLora):
+        found, pattern = peft_adalora.without_idle(found)
+        own = peft_adalora.fields(tuning, steps, pattern)
     hidden = out.with_name(f".{out.name}.partial")
     try:
         shutil.rmtree(hidden, ignore_errors=True)
         hidden.mkdir(parents=True)
         save_file(found, hidden / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        write_json(hidden / ADAPTER, _fields(tuning, base_name))
+        write_json(hidden / ADAPTER, _fields(tuning, base_name) | own)
         if tokenizer is not None:
             tokenizer.save(hidden)
         (hidden / "README.md").write_text(_card(out.name, base_name) + card, "utf-8", newline="\n")
@@ -240,9 +264,18 @@ def write(
     return out
 
 
+def _tensors(tuning: OnWeights, params: Tree) -> dict[str, np.ndarray]:
+    found: dict[str, np.ndarray] = {}
+    for name, path, number in tuning.table.hf_tensors():
+        leaf = get(params, path)
+        value = np.asarray(leaf if number is None else leaf[number], np.float32)
+        found[name] = np.ascontiguousarray(_cut(tuning, name, path, to_hf(tuning.table.params[path], value)))
+    return found
+
+
 def _cut(tuning: OnWeights, name: str, path: str, value: np.ndarray) -> np.ndarray:
     """A tensor in peft's layout without the zeros that its rank was filled up with."""
-    if not isinstance(tuning.kind, Lora) or path.endswith(".m"):
+    if type(tuning.kind) is not Lora or path.endswith(".m"):
         return value
     rank = tuning.kind.rank_of(_module_of(name))
     return value[:rank] if path.endswith(".a") else value[:, :rank]
@@ -264,8 +297,11 @@ def _doubled(tuning: OnWeights, params: Tree, start: Tree) -> tuple[OnWeights, T
 def _fields(tuning: OnWeights, base_name: str) -> dict[str, Any]:
     """adapter_config.json."""
     kind, modules = tuning.kind, list(dict.fromkeys(module(tuning.base, path) for path in tuning.targets))
-    shared = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "inference_mode": True}
-    shared |= {"target_modules": modules, "fan_in_fan_out": False, "modules_to_save": None, "revision": None}
+    shared: dict[str, Any] = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "inference_mode": True}
+    shared |= {"modules_to_save": None, "revision": None}
+    if tuning.virtual_tokens:
+        return peft_virtual.fields(tuning, shared)
+    shared |= {"target_modules": modules, "fan_in_fan_out": False}
     if isinstance(kind, IA3):
         into = [name for name in modules if name == FEEDFORWARD]
         return {"peft_type": "IA3", **shared, "feedforward_modules": into, "init_ia3_weights": True}

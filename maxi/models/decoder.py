@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from maxi import fsdp
+from maxi.adapters import virtual
 from maxi.adapters.weight import Adapted, cast, linear, rows, split_axes, whole
 from maxi.kernels.attention import attention, prepare, ring
 from maxi.kernels.linear import linear as product
@@ -77,7 +78,7 @@ def hidden(
 ) -> jax.Array:
     """Final hidden states [B, T, D] in `compute.dtype` of packed rows; tokens, positions, segments int32 [B, T], and
     where answers share prompts contexts too (see `maxi.kernels.attention`)."""
-    x_BTD = _embed(model, params, tokens_BT, compute)
+    x_BTD = _embed(model, params, tokens_BT, positions_BT, compute)
     prepared = _prepare(model, positions_BT, segments_BT, contexts_BT, compute)
     places = _Places(*cos_sin(model.rope, positions_BT), positions_BT, segments_BT, contexts_BT, prepared)
     axes = split_axes(model.table, params)
@@ -109,7 +110,7 @@ def hidden_with_cache(
     place = (jnp.int32(0), slot)
     k_positions = jax.lax.dynamic_update_slice(cache.positions_BS, positions_BT, place)
     k_segments = jax.lax.dynamic_update_slice(cache.segments_BS, segments_BT, place)
-    x_BTD = _embed(model, params, tokens_BT, compute)
+    x_BTD = _embed(model, params, tokens_BT, positions_BT, compute)
     places = _Places(*cos_sin(model.rope, positions_BT), positions_BT, segments_BT)
     keys, values = [], []
     for block in blocks(model.layers):
@@ -163,8 +164,8 @@ class Logprobs:
         places = batch["positions"], batch["segments"]
         h_BTD = hidden(self.model, params, batch["tokens"], *places, self.compute, batch.get("contexts"))
         name, dtype = "embed" if self.model.tied else "lm_head", self.compute.dtype
-        head = params[name]
-        axes = split_axes(self.model.table.only([name]), params)[name]
+        head, _ = virtual.apart(params[name])
+        axes = split_axes(self.model.table.only([name]), {name: head})[name]
         by_parts = fsdp.by_hand() and not isinstance(head, Adapted) and axes == 0
         if by_parts and shards("T") == 1 and self.compute.head in ("auto", "split"):
             return h_BTD, whole(head, dtype), True
@@ -173,7 +174,7 @@ class Logprobs:
 
 def logits(params: Tree, h_BTD: jax.Array, compute: Compute = Compute()) -> jax.Array:
     """Float32 logits [B, T, V] of hidden states."""
-    head = params.get("lm_head", params["embed"])
+    head, _ = virtual.apart(params.get("lm_head", params["embed"]))
     head_VD = whole(head, compute.dtype) if isinstance(head, Adapted) else head
     return product("BTD,VD->BTV", h_BTD.astype(compute.dtype), head_VD, dtype=jnp.float32)
 
@@ -206,17 +207,21 @@ def _prepare(
     return tuple(prepare(heads, compute.dtype, *places, window, compute.attention) for window in _windows(model))
 
 
-def _embed(model: Model, params: Tree, tokens_BT: jax.Array, compute: Compute) -> jax.Array:
+def _embed(model: Model, params: Tree, tokens_BT: jax.Array, positions_BT: jax.Array, compute: Compute) -> jax.Array:
     axes = split_axes(model.table.only(["embed"]), params)["embed"]
-    embed = fsdp.all_whole(params["embed"], axes, compute.dtype)
+    embed, prompt_SD = virtual.apart(fsdp.all_whole(params["embed"], axes, compute.dtype))
+    return constrain(virtual.put(_rows_of(embed, tokens_BT, compute), prompt_SD, positions_BT), "BTD")
+
+
+def _rows_of(embed: Any, tokens_BT: jax.Array, compute: Compute) -> jax.Array:
     if isinstance(embed, Adapted):
-        return constrain(rows(embed, tokens_BT, compute.dtype), "BTD")
+        return rows(embed, tokens_BT, compute.dtype)
     embed_VD = embed.astype(compute.dtype)
     if not fsdp.by_hand():  # the partitioner has no efficient lookup in a table that is split both ways
         embed_VD = constrain(embed_VD, "VD")
     elif shards("V") > 1 and shards("T") > 1:  # the partitioner of jax 0.12 aborts on this lookup, split both ways by it
         return local(_own_rows, ["VD", "BT"], "BTD")(embed_VD, tokens_BT)
-    return constrain(embed_VD[tokens_BT], "BTD")
+    return embed_VD[tokens_BT]
 
 
 def _own_rows(embed_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
@@ -321,6 +326,9 @@ def _attend(
     v_BSKH = _bias(linear("BTD,DKH->BTKH", h_BTD, w["w_v"]), w.get("b_v"))
     q_BTNH = rotary(q_BTNH, places.cos, places.sin, w.get("q_norm"), model.norm_eps)
     k_BSKH = rotary(k_BSKH, places.cos, places.sin, w.get("k_norm"), model.norm_eps)
+    k_BSKH, v_BSKH = (
+        virtual.put(x, virtual.apart(w[name])[1], places.positions_BT) for x, name in ((k_BSKH, "w_k"), (v_BSKH, "w_v"))
+    )
     k_positions, k_segments, kept = places.positions_BT, places.segments_BT, None
     if slots is not None:
         k_cache, v_cache, k_positions, k_segments, slot = slots
