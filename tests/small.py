@@ -71,11 +71,15 @@ def environment(devices: int = 1, **more: str) -> dict[str, str]:
     return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", **more}
 
 
-def start(config: Path, *words: str, devices: int = 1, **more: str) -> subprocess.Popen[str]:
-    """`maxi train` in a process of its own."""
+def start(config: Path, *words: str, **more: str) -> subprocess.Popen[str]:
+    """`maxi train` in a process of its own, with one device."""
+    return start_with(environment(1, **more), config, *words)
+
+
+def start_with(env: dict[str, str], config: Path, *words: str) -> subprocess.Popen[str]:
+    """The same with an `environment`."""
     command = [sys.executable, "-m", "maxi", "train", str(config), *words]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=environment(devices, **more), **pipes)
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def members(number: int) -> list[dict[str, str]]:

@@ -49,7 +49,7 @@ class Soak:
         self.lost, self.wrong, self.fallbacks = 0, 0, 0
         small.prepare(home)
         self.golden = self.begin("golden")
-        done = small.start(self.golden, devices=DEVICES)
+        done = small.start_with(small.environment(DEVICES), self.golden)
         _, error = done.communicate()
         assert done.returncode == 0, error
 
@@ -82,7 +82,8 @@ class Soak:
         victim = self.rng.randrange(len(everyone))
         everyone[victim] |= more
         words = (f"data.workers={self.rng.choice([0, 1, 2])}", "processes.heartbeat_s=10", "processes.start_timeout_s=40")
-        running = [small.start(config, *words, devices=DEVICES // len(everyone), **one) for one in everyone]
+        own = small.environment(DEVICES // len(everyone))
+        running = [small.start_with({**own, **one}, config, *words) for one in everyone]
         if end not in PREPARED and end != "none":
             ENDS[end](self, run, running[victim], before)
         said = [self.see_out(end, process, len(running) > 1) for process in running]

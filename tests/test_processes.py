@@ -64,9 +64,9 @@ def start(
 ) -> list[subprocess.Popen[str]]:
     """`number` processes of one run (that waits for `of`), each with one device; `more`: what else the n-th one's
     environment says."""
-    shared = {"JAX_COMPILATION_CACHE_DIR": str(config.parent.parent / "xla")}
-    return [small.start(config, *overrides, **shared, **one, **(more or {}).get(i, {}))
-            for i, one in enumerate(small.members(of or number)[:number])]  # fmt: skip
+    shared = {**small.environment(), "JAX_COMPILATION_CACHE_DIR": str(config.parent.parent / "xla")}
+    envs = [{**shared, **one, **(more or {}).get(i, {})} for i, one in enumerate(small.members(of or number)[:number])]
+    return [small.start_with(env, config, *overrides) for env in envs]
 
 
 def ended(running: list[subprocess.Popen[str]]) -> Ended:
