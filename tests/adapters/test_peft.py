@@ -29,13 +29,12 @@ def lora(**fields: Any) -> Any:
 
 CASES: dict[str, tuple[str, Any]] = {
     "lora": ("qwen2", lora(target_modules=["q_proj", "down_proj"])),
-    "rslora": ("qwen3", lora(target_modules=["q_proj", "down_proj"], use_rslora=True)),
     "dora": ("qwen2", lora(use_dora=True)),
     "ranks and scales of their own": (
         "qwen2",
         lora(rank_pattern={"q_proj": 2, "layers.1.mlp.down_proj": 3}, alpha_pattern={"o_proj": 3}),
     ),
-    "one layer": ("llama", lora(target_modules=["v_proj"], layers_to_transform=[1])),
+    "rslora in one layer": ("qwen3", lora(target_modules=["v_proj", "down_proj"], layers_to_transform=[1], use_rslora=True)),
     "ia3": (
         "qwen2",
         theirs.IA3Config(

@@ -1,6 +1,7 @@
 """Runs that train an adapter, from the command line: they learn, go on bit for bit, and export both ways; or one line."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -212,3 +213,14 @@ def test_another_base_is_refused(run: Path, home: Path, tmp_path: Path, capsys: 
             assert "is not the base any more that this run was trained on" in capsys.readouterr().err
     finally:
         weights.write_bytes(before)
+
+
+def test_help_and_readme_say_the_same_of_memory(capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    said = capsys.readouterr().out
+    shown = said[said.index("which method for which memory") : said.index("keys of the configuration")]
+    figures = re.findall(r"\b\d\.\d\d\b", shown)
+    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    table = readme[readme.index("| Method | Set |") : readme.index("So: all weights where")]
+    assert len(figures) == 8 and all(f"| {figure} |" in table for figure in figures)
