@@ -217,6 +217,9 @@ which method for which memory (GiB of a step of SFT at Qwen2.5-0.5B's shape, 1 x
   all weights                 9.20  the default; most is learned
   adapter.kind=lora           3.51  where the weights fit once (with adapter.dora=true 4.59, with compute.remat=full 2.62)
   adapter.kind=ia3            3.06  very few numbers; as much as freeze=["*", "!*norm*"]
+  adapter.kind=adalora        2.66  with compute.remat=full, as the next two: the rank goes where it matters
+  adapter.kind=prefix         2.47  virtual tokens before each text, as keys and values (with adapter.projection=true)
+  adapter.kind=prompt         2.46  ... as embeddings
   adapter.quantise=int8       1.63  LoRA or IA3 beside weights of 8 bits
   adapter.quantise=nf4        1.46  ... of 4 bits (QLoRA); with compute.head=chunked 1.17"""
 

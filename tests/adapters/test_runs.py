@@ -223,4 +223,4 @@ def test_help_and_readme_say_the_same_of_memory(capsys: Any) -> None:
     figures = re.findall(r"\b\d\.\d\d\b", shown)
     readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
     table = readme[readme.index("| Method | Set |") : readme.index("So: all weights where")]
-    assert len(figures) == 8 and all(f"| {figure} |" in table for figure in figures)
+    assert len(figures) == 11 and all(f"| {figure} |" in table for figure in figures)
