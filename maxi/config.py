@@ -232,7 +232,7 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
     found = error.errors(include_url=False)
     first = next((e for e in found if e["type"] == "unexpected_keyword_argument"), found[0])
     loc = list(first["loc"])
-    if loc[0] in KINDS and len(loc) > 2:
+    if len(loc) > 2 and loc[0] in KINDS:
         del loc[1]  # which of the kinds pydantic was reading
     key = ".".join(str(part) for part in loc)
     if first["type"] == "json_invalid":  # YAML can spell half surrogate pairs, which no file can hold

@@ -255,7 +255,7 @@ def test_a_folder_is_converted_onto_itself_with_force(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-@pytest.mark.parametrize("when", ["maxi.hf.exporter._write_header", "maxi.hf.exporter._write_json", "maxi.hf.exporter._flush"])
+@pytest.mark.parametrize("when", ["maxi.hf.exporter._write_header", "maxi.hf.exporter.write_json", "maxi.hf.exporter._flush"])
 def test_an_interrupted_export_leaves_the_old_one(fault: BaseException, when: str, tmp_path: Path, monkeypatch: Any) -> None:
     model, tree = small()
     out = hf.write(model, tree, tmp_path / "out")
