@@ -444,6 +444,8 @@ def main() -> None:
         here = Path(folder)
         bpe.train(["the sea was calm and the rain was dark over home and bread in the wind " * 20], 300, here / "tok")
         os.chdir(here)
+        os.environ["XDG_CACHE_HOME"] = folder  # nothing is remembered there, so transformers is imported now, once
+        Tokenizer.load(here / "tok")
         for name in args.targets:
             (here / name).mkdir()
             (here / name / "tok").symlink_to(here / "tok")
