@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, SingleDeviceSharding
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from maxi import adapters, hf, processes
 from maxi.adapters import Tuning, virtual
@@ -30,6 +30,7 @@ from maxi.params import Tree, abstract, fingerprint, get, shardings
 from maxi.paths import read_file
 from maxi.run import Run, remember, remembered
 from maxi.sharding import fetch
+from maxi.whole import write_whole
 
 log = logging.getLogger("maxi")
 
@@ -177,9 +178,7 @@ def with_start(tuning: Tuning, frozen: Tree, run: Run, mesh: Mesh | None = None,
         if first is not None:
             flat = {path: fetch(get(first, path)) for path in tuning.table.params}
             if processes.is_first():
-                aside = run.start.with_suffix(".partial")
-                save_file(flat, aside)
-                aside.replace(run.start)
+                write_whole(run.start, save(flat))
             processes.barrier()
         try:
             flat = load_file(run.start)

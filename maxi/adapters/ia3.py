@@ -4,7 +4,6 @@ The MLP's last projection has its inputs scaled instead. All factors are one at 
 Layouts and names are peft's.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from maxi.adapters.lora import PREFIX
-from maxi.adapters.weight import Parts, frozen
+from maxi.adapters.weight import Beside, Parts, frozen
 from maxi.params import Param
 
 FEEDFORWARD = "down_proj"
@@ -20,7 +19,7 @@ FEEDFORWARD = "down_proj"
 
 
 @dataclass(frozen=True)
-class IA3:
+class IA3(Beside):
     """One factor for each output, or input, of a weight."""
 
     takes_embeddings = False
@@ -38,14 +37,6 @@ class IA3:
         group = f"({' '.join(letters)})" if len(letters) > 1 else letters
         name, layout = ("into", f"1 {group}") if of_inputs else ("out", f"{group} 1")
         return {name: Param(f"{depth}{letters}", f"{PREFIX}{module}.ia3_l", layout, "ones")}
-
-    def constants(self, path: str, param: Param, layers: Sequence[int | None]) -> Parts:
-        del path, param, layers
-        return {}
-
-    def start(self, path: str, param: Param, base: Any, parts: Parts) -> Parts:
-        del path, param, base
-        return parts
 
     def linear(self, pattern: str, x: jax.Array, base: Any, parts: Parts) -> jax.Array:
         if "into" in parts:

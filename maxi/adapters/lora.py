@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maxi.adapters.targets import of_module
-from maxi.adapters.weight import Parts, frozen, whole
+from maxi.adapters.weight import Beside, Parts, frozen, whole
 from maxi.kernels.linear import linear as kernel
 from maxi.params import Param
 
@@ -28,7 +28,7 @@ PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
-class Lora:
+class Lora(Beside):
     """The change of a weight, of `rank`. `dropout` acts on what A reads, where parts bring noise; `lr_ratio` is LoRA+'s."""
 
     rank: int
@@ -154,10 +154,6 @@ class Lora:
         a_a = jnp.einsum(f"{inputs}R,{inputs}C->RC", a, a)
         own = (w**2).sum(range(len(inputs)))
         return jnp.sqrt(own + 2 * (w_a * b).sum(0) + (jnp.einsum(f"RC,C{outputs}->R{outputs}", a_a, b) * b).sum(0))
-
-    def bias(self, bias: jax.Array, parts: Parts) -> jax.Array:
-        del parts
-        return bias
 
     def rows(self, tokens: jax.Array, base: jax.Array, parts: Parts, dtype: Any) -> jax.Array:
         """Rows of an adapted embedding [V, D]."""

@@ -8,19 +8,18 @@ packing, attention and caches, so every kernel and every layout of rows serves. 
 A model without virtual tokens reads such rows as they would be without the places (`without`).
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from maxi.adapters.weight import Adapted, Parts, frozen
+from maxi.adapters.weight import Adapted, Beside, Parts, frozen
 from maxi.params import Param
 
 _PATTERNS = {3: "BTS,SD->BTD", 4: "BTS,SKH->BTKH"}
 
 
-class Virtual:
+class Virtual(Beside):
     """What the kinds share: they change no weight, and each has a part `virtual` [S, ...]."""
 
     virtual_tokens: int
@@ -29,21 +28,9 @@ class Virtual:
     def sizes(self) -> dict[str, int]:
         return {"S": self.virtual_tokens}
 
-    def constants(self, path: str, param: Param, layers: Sequence[int | None]) -> Parts:
-        del path, param, layers
-        return {}
-
-    def start(self, path: str, param: Param, base: Any, parts: Parts) -> Parts:
-        del path, param, base
-        return parts
-
     def linear(self, pattern: str, x: jax.Array, base: Any, parts: Parts) -> jax.Array:
         del parts
         return frozen(pattern, x, base)
-
-    def bias(self, bias: jax.Array, parts: Parts) -> jax.Array:
-        del parts
-        return bias
 
     def merged(self, path: str, param: Param, base: jax.Array, parts: Parts) -> jax.Array:
         del path, param, parts

@@ -64,6 +64,22 @@ class Kind(Protocol):
         ...
 
 
+class Beside:
+    """What most kinds do where they do nothing of their own, see `Kind`."""
+
+    def constants(self, path: str, param: Param, layers: Sequence[int | None]) -> Parts:
+        del path, param, layers
+        return {}
+
+    def start(self, path: str, param: Param, base: Any, parts: Parts) -> Parts:
+        del path, param, base
+        return parts
+
+    def bias(self, bias: jax.Array, parts: Parts) -> jax.Array:
+        del parts
+        return bias
+
+
 @flax.struct.dataclass
 class Adapted:
     """A frozen weight (an array or `Quantised`) and what belongs to it; L stands in front of all of them or of none."""

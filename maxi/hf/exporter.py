@@ -12,6 +12,7 @@ import os
 import shutil
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -77,10 +78,7 @@ def write(
         processes.barrier()
         return Path(out).expanduser().resolve()
     out = check_target(out, force)
-    hidden = out.with_name(f".{out.name}.partial")
-    try:
-        shutil.rmtree(hidden, ignore_errors=True)
-        hidden.mkdir(parents=True)
+    with in_place_of(out, "the model") as hidden:
         _write_weights(model.table, params, plan, max_shard_bytes, hidden)
         stored = _main_dtype(plan)
         config = config_fields(model, stored, tokenizer)
@@ -90,11 +88,6 @@ def write(
         if tokenizer is not None:
             tokenizer.save(hidden)
         (hidden / "README.md").write_text(card or default_card(model, stored, out.name), "utf-8", newline="\n")
-        publish(hidden, out)
-    except OSError as error:
-        raise EnvironmentFault(f"cannot write the model, {error.strerror}", str(out), "check space and rights") from None
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
     processes.barrier()
     return out
 
@@ -106,7 +99,7 @@ def check_target(out: str | Path, force: bool) -> Path:
     """
     out = Path(out).expanduser().resolve()
     old = _old(out)
-    if old.exists() and not out.exists():  # killed between the two renames of `publish`
+    if old.exists() and not out.exists():  # killed between the two renames of `_publish`
         old.rename(out)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return out
@@ -208,7 +201,25 @@ def write_json(path: Path, tree: dict[str, Any]) -> None:
     path.write_text(json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8", newline="\n")
 
 
-def publish(hidden: Path, out: Path) -> None:
+@contextmanager
+def in_place_of(out: Path, what: str) -> Iterator[Path]:
+    """A hidden folder to write `what` into, which becomes `out` at the end of the context or leaves nothing.
+
+    Raises EnvironmentFault where the disk fails or is full.
+    """
+    hidden = out.with_name(f".{out.name}.partial")
+    try:
+        shutil.rmtree(hidden, ignore_errors=True)
+        hidden.mkdir(parents=True)
+        yield hidden
+        _publish(hidden, out)
+    except OSError as error:
+        raise EnvironmentFault(f"cannot write {what}, {error.strerror}", str(out), "check space and rights") from None
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _publish(hidden: Path, out: Path) -> None:
     """Flushes the finished folder and puts it in the target's place; an old one is removed only after that."""
     faults.at("export.write")
     for path in (*hidden.iterdir(), hidden):

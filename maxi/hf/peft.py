@@ -6,7 +6,6 @@ out. Written for peft 0.21.
 """
 
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,9 +26,9 @@ from maxi.adapters.prompt import Prompt
 from maxi.adapters.targets import module
 from maxi.adapters.weights import START
 from maxi.data.tokenizer import Tokenizer
-from maxi.errors import ConfigError, EnvironmentFault, ModelFolderError, NumericsError
+from maxi.errors import ConfigError, ModelFolderError, NumericsError
 from maxi.hf import peft_adalora, peft_virtual
-from maxi.hf.exporter import check_target, publish, write_json
+from maxi.hf.exporter import check_target, in_place_of, write_json
 from maxi.hf.folder import ADAPTER, ADAPTER_WEIGHTS, DTYPES, Stored, read_json, tensors_in
 from maxi.params import Table, Tree, from_hf, get, put, to_hf
 from maxi.sharding import fetch
@@ -246,20 +245,12 @@ def write(
     if isinstance(tuning.kind, AdaLora):
         found, pattern = peft_adalora.without_idle(found)
         own = peft_adalora.fields(tuning, steps, pattern)
-    hidden = out.with_name(f".{out.name}.partial")
-    try:
-        shutil.rmtree(hidden, ignore_errors=True)
-        hidden.mkdir(parents=True)
+    with in_place_of(out, "the adapter") as hidden:
         save_file(found, hidden / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         write_json(hidden / ADAPTER, _fields(tuning, base_name) | own)
         if tokenizer is not None:
             tokenizer.save(hidden)
         (hidden / "README.md").write_text(_card(out.name, base_name) + card, "utf-8", newline="\n")
-        publish(hidden, out)
-    except OSError as error:
-        raise EnvironmentFault(f"cannot write the adapter, {error.strerror}", str(out), "check space and rights") from None
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
     processes.barrier()
     return out
 
