@@ -113,6 +113,7 @@ class Events:
         return self
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
+        self._shared = None  # another process may be why this life ends, and not answer
         if self._base == STEPS:
             self._own += self._clock() - self._since
             self._write_steps()

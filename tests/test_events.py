@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from maxi.__main__ import main
-from maxi.errors import ConfigError, Preempted
+from maxi.errors import ConfigError, Preempted, ProcessLost
 from maxi.events import Events, read_events
 from maxi.goodput import goodput
 from maxi.watchdog import ENOUGH, MOST, Watchdog
@@ -85,6 +85,23 @@ def test_step_times_of_every_host(tmp_path: Path) -> None:
 
     live(tmp_path / "events.jsonl", Clock(), 0, 3, shared=shared)
     assert told(tmp_path / "events.jsonl", "steps")[0]["hosts"] == {"step_s": [1.0, 4.0], "data_wait_s": [0.25, 3.0]}
+
+
+def test_a_life_that_ends_asks_no_other_process(tmp_path: Path) -> None:
+    """The one that is asked may be why it ends: its silence would stand in the place of the error."""
+
+    def shared(own: list[float]) -> list[list[float]]:
+        raise RuntimeError("UNAVAILABLE: recvmsg:Connection reset by peer")
+
+    path, clock = tmp_path / "events.jsonl", Clock()
+    with pytest.raises(ProcessLost), Events(path, 2, shared=shared, clock=clock) as events:
+        events.stepping()
+        for step in (1, 2):
+            clock.pass_(1)
+            events.stepped(step, 0.25)
+        raise ProcessLost("gone")
+    assert told(path, "steps") == [{"event": "steps", "first": 2, "last": 2, "seconds": 1.0, "data_wait_s": 0.25}]
+    assert told(path, "stop") == [{"event": "stop", "step": 2, "code": 75}]
 
 
 def run_of_three_lives(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
