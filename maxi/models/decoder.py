@@ -7,6 +7,7 @@ goes layer by layer with a key/value cache.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
@@ -84,9 +85,10 @@ def hidden(
     axes = split_axes(model.table, params)
     for block in blocks(model.layers):
         if compute.unroll or block.repeats == 1:
+            # jax traces, differentiates and lowers a jitted layer once for all that are alike, which the compiler inlines
+            layers = {kind: jax.jit(_remat(model, (kind,), (_axes_of(axes, kind),), compute)) for kind in block.kinds}
             for number, kind in _numbered(block):
-                layer = _remat(model, (kind,), (_axes_of(axes, kind),), compute)
-                x_BTD = layer(x_BTD, (_weights_of(model, params, kind, number),), places)
+                x_BTD = layers[kind](x_BTD, (_weights_of(model, params, kind, number),), places)
         else:
             weights, split = _slices(model, params, block), tuple(_axes_of(axes, kind) for kind in block.kinds)
             x_BTD = _scan(model, block, weights, split, x_BTD, places, compute)
@@ -114,10 +116,10 @@ def hidden_with_cache(
     places = _Places(*cos_sin(model.rope, positions_BT), positions_BT, segments_BT)
     keys, values = [], []
     for block in blocks(model.layers):
+        layers = {kind: jax.jit(partial(_layer, model, kind, compute)) for kind in block.kinds}  # see `hidden`
         for number, kind in _numbered(block):
-            weights = _weights_of(model, params, kind, number)
             slots = (cache.k[number], cache.v[number], k_positions, k_segments, slot)
-            x_BTD, (k, v) = _layer(model, weights, kind, x_BTD, places, compute, slots)
+            x_BTD, (k, v) = layers[kind](_weights_of(model, params, kind, number), x_BTD, places, slots)
             keys.append(k)
             values.append(v)
     x_BTD = rms_norm(x_BTD, params["final_norm"], model.norm_eps)
@@ -268,7 +270,7 @@ def _period(model: Model, kinds: tuple[LayerKind, ...], compute: Compute) -> Any
 
     def run(x_BTD: jax.Array, weights: tuple[Tree, ...], places: _Places) -> jax.Array:
         for kind, w in zip(kinds, weights, strict=True):
-            x_BTD = _layer(model, w, kind, x_BTD, places, compute)[0]
+            x_BTD = _layer(model, kind, compute, w, x_BTD, places)[0]
         return x_BTD
 
     return run
@@ -300,7 +302,7 @@ def _scan(
 
 
 def _layer(
-    model: Model, w: Tree, kind: LayerKind, x_BTD: jax.Array, places: _Places, compute: Compute, slots: Any = None
+    model: Model, kind: LayerKind, compute: Compute, w: Tree, x_BTD: jax.Array, places: _Places, slots: Any = None
 ) -> tuple[jax.Array, Any]:
     """One pre-norm layer; with `slots` (keys, values, positions, segments, slot) also the updated keys and values."""
     h_BTD = rms_norm(x_BTD, w["attn_norm"], model.norm_eps)
