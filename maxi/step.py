@@ -5,6 +5,7 @@ shardings from. Gradients of micro-batches are summed in float32 and divided onc
 accumulation is exact and tokens count alike on every device.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,9 @@ Loss = Callable[[Tree, Batch], Sums]
 Totals = Callable[[Tree, Batch], dict[str, jax.Array]]
 Metrics = dict[str, jax.Array]
 Join = Callable[[Tree, Tree, Any], Tree]
+
+GIVEN_BACK_S = 5e-4
+"""How long XLA:CPU's thread may take to give back a step's memory once its results are there; a fifth was too short."""
 
 
 def _alone(params: Tree, frozen: Tree, noise_B: Any) -> Tree:
@@ -158,6 +162,17 @@ def put_whole(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
     """A global batch that every process has whole, onto the devices, its rows in their order."""
     rows = rows_sharding(mesh)
     return {n: jax.make_array_from_callback(v.shape, rows, lambda index, v=v: v[index]) for n, v in batch.items()}
+
+
+def settle(state: State) -> None:
+    """To be called before the next step is taken. On a CPU it returns when the memory of the last one is free again.
+
+    XLA:CPU takes a step's memory when it begins, and the thread that gives it back may get to that only when the next step
+    has begun, which then took as much again: 2.3 instead of 1.3 GiB for a model of 26 M.
+    """
+    if platform() == "cpu":
+        jax.block_until_ready(state.step)
+        time.sleep(GIVEN_BACK_S)
 
 
 def make_step(

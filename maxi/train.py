@@ -237,7 +237,9 @@ def _steps(
         asked_at = time.monotonic()
         batch = next(batches)
         waited = time.monotonic() - asked_at
-        state, metrics = take_step(state, steps.put(batch, job.devices), frozen)
+        batch = steps.put(batch, job.devices)
+        steps.settle(state)
+        state, metrics = take_step(state, batch, frozen)
         recorder.step(done, metrics, waited)
         saver.poll()
         if done == 1 and health(weights_of(state)).digest == untouched:
