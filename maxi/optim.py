@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax import contrib
 
@@ -54,7 +55,7 @@ def optimizer(
         direction = optax.partition({"muon": _muon(table), "adam": adam}, labels)
     else:
         direction = adam
-    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    clip = [_clip(config.clip_norm)] if config.clip_norm else []
     parts = [direction]
     if config.weight_decay:
         parts += [optax.add_decayed_weights(config.weight_decay, decay_mask(table, config.decay_embeddings))]
@@ -63,6 +64,17 @@ def optimizer(
         parts += [optax.stateless(lambda updates, _: jax.tree.map(operator.mul, updates, rates))]
     parts += [optax.scale_by_learning_rate(rate)]
     return around(optax.chain(*clip), optax.chain(*parts)) if around else optax.chain(*clip, *parts)
+
+
+def _clip(most: float) -> optax.GradientTransformation:
+    """`optax.clip_by_global_norm` by a factor, which XLA applies wherever it reads an update. Dividing by the norm it joins
+    with the division by the tokens before, and then keeps the gradients from before both beside those in between."""
+
+    def clipped(updates: optax.Updates, _: optax.Params | None) -> optax.Updates:
+        factor = jnp.minimum(1.0, most / optax.tree.norm(updates))
+        return jax.tree.map(lambda update: update * factor, updates)
+
+    return optax.stateless(clipped)
 
 
 def _muon(table: Table) -> optax.GradientTransformation:

@@ -80,7 +80,7 @@ class Program:
         return self.model.train_flops_per_token(width) - adapters.spared_flops(self.tuning)
 
     def new_state(self, params: Any) -> State:
-        """The state before the first step."""
+        """The state before the first step; it may consume `params`."""
         return steps.new_state(params, self.optimizer, self.where, bool(self.ema), self.spikes)
 
     def restarted(self, step: Any, params: Any, ema: Any) -> State:

@@ -105,8 +105,16 @@ def no_losses(spikes: Spikes | None) -> jax.Array | None:
 def new_state(
     params: Tree, optimizer: optax.GradientTransformation, where: State, ema: bool, spikes: Spikes | None = None
 ) -> State:
-    """`make_state`, each leaf built where it belongs."""
-    return jax.jit(lambda params: make_state(params, optimizer, ema, spikes), out_shardings=where)(params)
+    """`make_state`, each leaf built where it belongs; `params` that are float32 and there already become its weights, and
+    are consumed (donated)."""
+
+    def fits(weight: Any, there: NamedSharding) -> bool:
+        on_device = isinstance(weight, jax.Array) and weight.sharding.is_equivalent_to(there, weight.ndim)
+        return on_device and weight.dtype == jnp.float32
+
+    donated = (0,) if jax.tree.all(jax.tree.map(fits, params, where.params)) else ()
+    make = jax.jit(lambda params: make_state(params, optimizer, ema, spikes), out_shardings=where, donate_argnums=donated)
+    return make(params)
 
 
 def rows_sharding(mesh: Mesh) -> NamedSharding:

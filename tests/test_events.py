@@ -90,7 +90,7 @@ def test_step_times_of_every_host(tmp_path: Path) -> None:
 def test_a_life_that_ends_asks_no_other_process(tmp_path: Path) -> None:
     """The one that is asked may be why it ends: its silence would stand in the place of the error."""
 
-    def shared(own: list[float]) -> list[list[float]]:
+    def shared(_: list[float]) -> list[list[float]]:
         raise RuntimeError("UNAVAILABLE: recvmsg:Connection reset by peer")
 
     path, clock = tmp_path / "events.jsonl", Clock()

@@ -140,7 +140,9 @@ def _maxi(options: argparse.Namespace, dtype: str) -> dict[str, float]:
         def step() -> None:
             nonlocal state
             ids = {name: rng.integers(0, model.vocab_size, shape, np.int32) for name in ("tokens", "targets")}
-            state, metrics = take(state, steps.put(ids | places, devices))
+            batch = steps.put(ids | places, devices)
+            steps.settle(state)
+            state, metrics = take(state, batch)
             float(metrics["train/loss"])
 
         return _measured(step, options.steps)
