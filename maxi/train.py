@@ -231,6 +231,7 @@ def _steps(
             recorder.evaluation(start, *examine(state))
     untouched = health(weights_of(state)).digest if start == 0 else None
     batches = job.batches.iterate(start, *steps.share(job.devices))
+    settle = steps.Settle()
     stop.ready()
     recorder.begin()
     for done in range(start + 1, job.total + 1):
@@ -238,7 +239,7 @@ def _steps(
         batch = next(batches)
         waited = time.monotonic() - asked_at
         batch = steps.put(batch, job.devices)
-        steps.settle(state)
+        settle(state)
         state, metrics = take_step(state, batch, frozen)
         recorder.step(done, metrics, waited)
         saver.poll()

@@ -135,13 +135,13 @@ def _maxi(options: argparse.Namespace, dtype: str) -> dict[str, float]:
     }
     with jax.set_mesh(devices):
         state = built.new_state(jax.jit(lambda key: init(model.table, key))(jax.random.key(0)))
-        take = built.step()
+        take, settle = built.step(), steps.Settle()
 
         def step() -> None:
             nonlocal state
             ids = {name: rng.integers(0, model.vocab_size, shape, np.int32) for name in ("tokens", "targets")}
             batch = steps.put(ids | places, devices)
-            steps.settle(state)
+            settle(state)
             state, metrics = take(state, batch)
             float(metrics["train/loss"])
 
