@@ -81,7 +81,7 @@ def maxi_config(objective: str, job: Job, run_dir: str, rows: int) -> Any:
         "data": {"train": [{"path": f"{job.work}/rows.jsonl"}], "cache_dir": f"{job.work}/ids"},
         "objective": objective,
         "optim": {"name": "adamw", "schedule": "constant", "weight_decay": 0.0, **OPTIMIZER},
-        "compute": {"dtype": "float32"},
+        "compute": {"dtype": job.dtype},
         "log": {"every": 1},
         "export_hf": False,
     }

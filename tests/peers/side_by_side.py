@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sides import MakeTrainer, SameRows
 
-TOLERANCE = 1e-4
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-3}
 """How far apart losses on the same rows may be; of log-probabilities, which are sums over answers, as a share."""
 
 QUIET = 0.03
@@ -69,7 +69,8 @@ def main(comparison: Comparison) -> None:
         rounds = list(_rounds(comparison, job))
     print(f"\n{_table(comparison, rounds)}\n")
     first = rounds[0]
-    differ = [name for name, found in first.items() if not _agree(found["same"], first[MAXI]["same"])]
+    tolerance = TOLERANCE[options.dtype]
+    differ = [name for name, found in first.items() if not _agree(found["same"], first[MAXI]["same"], tolerance)]
     for line in _verdict(comparison, job, rounds, differ):
         print(line)
     sys.exit(bool(differ))
@@ -83,6 +84,8 @@ def _options(comparison: Comparison) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10, help="steps that are measured (%(default)s)")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them, at least 1 (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="how often each side runs (%(default)s)")
+    what = "what both compute in; bfloat16 is TRL's default, by autocast (%(default)s)"
+    parser.add_argument("--dtype", choices=TOLERANCE, default="float32", help=what)
     parser.add_argument("--threads", type=int, default=2, help="threads of either side (%(default)s)")
     names = list(comparison.variants)
     parser.add_argument("--variants", nargs="+", choices=names, default=names, help="of TRL's options, to take less time (all)")
@@ -164,9 +167,9 @@ def _with_rates(found: Found) -> Found:
     return {**found, "answer": answer / seconds, "real": real / seconds, "share": real / computed}
 
 
-def _agree(theirs: Mapping[str, Any], ours: Mapping[str, float]) -> bool:
+def _agree(theirs: Mapping[str, Any], ours: Mapping[str, float], tolerance: float) -> bool:
     return all(
-        math.isclose(theirs[name], value, abs_tol=TOLERANCE, rel_tol=TOLERANCE if name.startswith("logps/") else 0)
+        math.isclose(theirs[name], value, abs_tol=tolerance, rel_tol=tolerance if name.startswith("logps/") else 0)
         for name, value in ours.items()
     )
 
@@ -184,7 +187,7 @@ def _machine(threads: int) -> str:
 def _plan(comparison: Comparison, job: Mapping[str, Any]) -> str:
     real = sum(step["real"] for step in job["counts"]) / len(job["counts"])
     return (
-        f"model: Qwen3 shape, {job['parameters'] / 1e6:.1f} M random parameters; float32, AdamW\n"
+        f"model: Qwen3 shape, {job['parameters'] / 1e6:.1f} M random parameters; {job['dtype']}, AdamW\n"
         f"rows: {job['samples']} {comparison.noun} of {job['data']}, none over {job['seq_len']} tokens; "
         f"{job['batch']} a step, {job['warmup']} steps to warm up, {job['steps']} measured\n"
         f"packed: {job['rows']} x {job['width']} tokens a step, of which maxi's rows fill {real:.0f}"

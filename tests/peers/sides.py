@@ -102,7 +102,7 @@ def trl_options(job: Job) -> dict[str, Any]:
         "max_length": job.seq_len,
         "max_steps": job.warmup + job.steps,
         "lr_scheduler_type": "constant",
-        "bf16": False,
+        "bf16": job.dtype == "bfloat16",
         "use_cpu": True,
         "save_strategy": "no",
         "report_to": "none",
