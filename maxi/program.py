@@ -79,9 +79,9 @@ class Program:
         """See `Model.train_flops_per_token`, less what frozen weights spare."""
         return self.model.train_flops_per_token(width) - adapters.spared_flops(self.tuning)
 
-    def new_state(self, params: Any) -> State:
-        """The state before the first step; it may consume `params`."""
-        return steps.new_state(params, self.optimizer, self.where, bool(self.ema), self.spikes)
+    def new_state(self, params: Any, consume: bool = False) -> State:
+        """The state before the first step, see `maxi.step.new_state`."""
+        return steps.new_state(params, self.optimizer, self.where, bool(self.ema), self.spikes, consume)
 
     def restarted(self, step: Any, params: Any, ema: Any) -> State:
         """The state of a run that goes on at `step` with a new optimizer; the schedule goes on as well."""

@@ -103,16 +103,21 @@ def no_losses(spikes: Spikes | None) -> jax.Array | None:
 
 
 def new_state(
-    params: Tree, optimizer: optax.GradientTransformation, where: State, ema: bool, spikes: Spikes | None = None
+    params: Tree,
+    optimizer: optax.GradientTransformation,
+    where: State,
+    ema: bool,
+    spikes: Spikes | None = None,
+    consume: bool = False,
 ) -> State:
-    """`make_state`, each leaf built where it belongs; `params` that are float32 and there already become its weights, and
-    are consumed (donated)."""
+    """`make_state`, each leaf built where it belongs. With `consume`, `params` that are float32 and there already become
+    its weights instead of being copied (they are donated)."""
 
     def fits(weight: Any, there: NamedSharding) -> bool:
         on_device = isinstance(weight, jax.Array) and weight.sharding.is_equivalent_to(there, weight.ndim)
         return on_device and weight.dtype == jnp.float32
 
-    donated = (0,) if jax.tree.all(jax.tree.map(fits, params, where.params)) else ()
+    donated = (0,) if consume and jax.tree.all(jax.tree.map(fits, params, where.params)) else ()
     make = jax.jit(lambda params: make_state(params, optimizer, ema, spikes), out_shardings=where, donate_argnums=donated)
     return make(params)
 

@@ -214,7 +214,7 @@ def _first_state(job: Job) -> tuple[State, Tree]:
     else:
         log.info("state: new weights from seed %d", job.config.seed)
     first, frozen = starting.first_values(job.config, job.program, job.run, job.adapter)
-    return job.program.new_state(first), frozen
+    return job.program.new_state(first, consume=True), frozen
 
 
 def _steps(

@@ -110,6 +110,20 @@ def test_sharded_is_single(single, devices: int, axes: dict[str, int]) -> None:
     assert_same(single, train(devices=devices, axes=axes), 1e-5)
 
 
+@pytest.mark.parametrize("consume", [False, True])
+def test_first_weights_stay_unless_given_away(consume: bool) -> None:
+    """Who benches an adapter keeps what it starts from beside the state."""
+    family = from_hf_config(SIZES)
+    optimizer = optax.adam(1e-3)
+    over = mesh.build(MeshConfig(), jax.devices()[:1])
+    where = step.state_shardings(family.table, optimizer, over, ema=False)
+    params = jax.jit(partial(init, family.table), out_shardings=where.params)(jax.random.key(0))
+    before = jax.tree.map(np.array, params)
+    state = step.new_state(params, optimizer, where, ema=False, consume=consume)
+    assert {weight.is_deleted() for weight in jax.tree.leaves(params)} == {consume}
+    jax.tree.map(np.testing.assert_array_equal, before, state.params)
+
+
 @pytest.mark.parametrize("head", ["full", "chunked"])
 def test_a_head_by_name_is_taken_under_fsdp_too(single, head: str) -> None:
     assert_same(single, train(devices=4, head=head), 1e-5)

@@ -134,7 +134,8 @@ def _maxi(options: argparse.Namespace, dtype: str) -> dict[str, float]:
         "loss_weight": np.ones(shape, np.float32),
     }
     with jax.set_mesh(devices):
-        state = built.new_state(jax.jit(lambda key: init(model.table, key))(jax.random.key(0)))
+        first = jax.jit(lambda key: init(model.table, key))(jax.random.key(0))
+        state = built.new_state(first, consume=True)
         take, settle = built.step(), steps.Settle()
 
         def step() -> None:
